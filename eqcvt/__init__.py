@@ -1,0 +1,21 @@
+"""EqCvT: a rotation-equivariant Convolutional vision Transformer for strong-lensing images."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from eqcvt.models import CvT, EqCvT, create_model, list_models, load_model
+from eqcvt.ops import use_backend
+
+try:
+    __version__ = version("eqcvt")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CvT",
+    "EqCvT",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_model",
+    "use_backend",
+]

@@ -1,0 +1,35 @@
+"""Argument checks whose messages name what was given, what is allowed and the nearest choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def choice(what: str, given: object, allowed: Iterable[str]) -> str:
+    """Return ``given`` if it is one of ``allowed``; else raise a ValueError that suggests one."""
+    names = list(allowed)
+    if isinstance(given, str) and given in names:
+        return given
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(given).lower(), lower, n=1, cutoff=0.5)
+    hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
+    raise ValueError(f"{what} must be one of {', '.join(map(repr, names))}, got {given!r}{hint}")
+
+
+def integer(what: str, given: object, minimum: int = 1) -> int:
+    """Return ``given`` if it is an integer of at least ``minimum``; otherwise raise."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{what} must be an integer, got {type(given).__name__} {given!r}")
+    if given < minimum:
+        raise ValueError(f"{what} must be at least {minimum}, got {given}")
+    return given
+
+
+def fraction(what: str, given: object, *, below_one: bool = True) -> float:
+    """Return ``given`` as a float in [0, 1) (or [0, 1]); otherwise raise."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{what} must be a number, got {type(given).__name__} {given!r}")
+    if not 0 <= given <= 1 or (below_one and given == 1):
+        raise ValueError(f"{what} must lie in [0, 1{')' if below_one else ']'}, got {given}")
+    return float(given)

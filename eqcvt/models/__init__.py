@@ -1,0 +1,8 @@
+"""The models, their registry and their files."""
+
+from eqcvt.models._base import VisionModel
+from eqcvt.models.cvt import CvT
+from eqcvt.models.eqcvt import EqCvT
+from eqcvt.models.registry import create_model, list_models, load_model
+
+__all__ = ["CvT", "EqCvT", "VisionModel", "create_model", "list_models", "load_model"]

@@ -1,0 +1,295 @@
+"""What every model shares: its configuration, head, and saving to and loading from a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from eqcvt import _check, _files
+from eqcvt.groups import Group
+from eqcvt.nn import (
+    BatchNorm,
+    ConvAttention,
+    LayerNorm,
+    Stage,
+    TransformerStage,
+    set_backend,
+)
+from eqcvt.ops import conv_size
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+M = TypeVar("M", bound="VisionModel")
+
+
+class Head(nn.Module):
+    """Classifier on pooled features: Linear, batch norm, ELU, Linear; or layer norm, Linear.
+
+    Args:
+        dim: features.
+        hidden: width of the hidden layer; None for the layer norm form of the original CvT.
+        num_classes: classes; 0 returns the features before the last linear map.
+    """
+
+    def __init__(self, dim: int, hidden: int | None, num_classes: int) -> None:
+        super().__init__()
+        self.hidden = None if hidden is None else nn.Linear(dim, hidden)
+        self.norm = nn.LayerNorm(dim) if hidden is None else BatchNorm(hidden)
+        self.width = dim if hidden is None else hidden
+        self.reset(num_classes)
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the last linear map by a new one."""
+        parameter = self.norm.weight
+        assert isinstance(parameter, Tensor)
+        new: nn.Module = nn.Linear(self.width, num_classes) if num_classes else nn.Identity()
+        self.classifier = new.to(device=parameter.device, dtype=parameter.dtype)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map features ``[B, D]`` to logits ``[B, num_classes]``."""
+        x = self.norm(x) if self.hidden is None else F.elu(self.norm(self.hidden(x)))
+        if pre_logits:
+            return x
+        logits: Tensor = self.classifier(x)
+        return logits
+
+
+class VisionModel(nn.Module, PyTorchModelHubMixin):
+    """Base of the models: a front, stages of a CvT, global average, head.
+
+    Attributes:
+        config: the constructor's arguments and the class name under ``"architecture"``, as JSON.
+        token_grids: for each stage the grid of its queries and of its keys, ``((H, W), (H, W))``.
+    """
+
+    default_backend: ClassVar[str | None] = "reference"
+    config: dict[str, Any]
+    token_grids: list[tuple[tuple[int, int], tuple[int, int]]]
+    stages: nn.ModuleList
+    head: Head
+
+    def _configure(self, **arguments: Any) -> None:
+        """Check and keep the constructor's arguments that all models share."""
+        for name in ("in_channels", "image_size"):
+            _check.integer(name, arguments[name])
+        _check.integer("num_classes", arguments["num_classes"], 0)
+        if arguments["head_hidden"] is not None:
+            _check.integer("head_hidden", arguments["head_hidden"])
+        _check.fraction("dropout", arguments["dropout"])
+        self.config = {"architecture": type(self).__name__, **arguments}
+        self._hub_mixin_config = self.config
+
+    @staticmethod
+    def _stages(stages: Sequence[Stage | dict[str, Any]]) -> list[Stage]:
+        if not isinstance(stages, Sequence) or isinstance(stages, (str, bytes)) or not stages:
+            raise ValueError(f"stages must be a sequence of at least one Stage, got {stages!r}")
+        return [Stage.of(stage) for stage in stages]
+
+    def _build(
+        self, channels: int, size: int, stages: list[Stage], symmetry: Group | None = None
+    ) -> None:
+        """Create stages and head behind feature maps of ``channels`` and ``size`` pixels."""
+        dropout = self.config["dropout"]
+        self.config["stages"] = [asdict(stage) for stage in stages]
+        self.stages, self.token_grids = nn.ModuleList(), []
+        for stage in stages:
+            self.stages.append(TransformerStage(channels, stage, dropout, symmetry))
+            channels = stage.dim
+            size = conv_size(size, stage.embed_kernel, stage.embed_stride, stage.padding)
+            keys = conv_size(size, stage.kernel_size, stage.kv_stride, stage.kernel_size // 2)
+            if size < 1 or keys < 1:
+                raise ValueError(
+                    f"image_size={self.config['image_size']} leaves no tokens for stage "
+                    f"{len(self.stages)}; use a larger image or fewer strides"
+                )
+            self.token_grids.append(((size, size), (keys, keys)))
+        self.head = Head(channels, self.config["head_hidden"], self.config["num_classes"])
+        self.num_features = channels
+        set_backend(self, self.default_backend)
+
+    def _check_input(self, x: Tensor) -> None:
+        channels, size = self.config["in_channels"], self.config["image_size"]
+        if x.dim() != 4 or tuple(x.shape[1:]) != (channels, size, size):
+            raise ValueError(
+                f"this {type(self).__name__} takes images [B, {channels}, {size}, {size}], "
+                f"got {list(x.shape)}; in_channels and image_size are set at construction"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"images must be floating point, got {x.dtype}; "
+                f"eqcvt.data.to_unit turns grey values into numbers from 0 to 1"
+            )
+
+    def front(self, x: Tensor) -> Tensor:
+        """Return the feature maps that the first stage reads: the images, if there is no front."""
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images ``[B, C, H, W]`` to the last stage's tokens ``[B, D, H', W']``."""
+        self._check_input(x)
+        x = self.front(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool tokens ``[B, D, H', W']`` and classify: logits ``[B, num_classes]``.
+
+        With ``pre_logits``, the features that the last linear map reads.
+        """
+        logits: Tensor = self.head(x.mean((2, 3)), pre_logits)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
+
+        Raises:
+            ValueError: if the shape is not the one the model was built for.
+            TypeError: if the images are not floating point.
+        """
+        return self.forward_head(self.forward_features(x))
+
+    @torch.no_grad()
+    def attention_maps(self, x: Tensor) -> list[Tensor]:
+        """Return each transformer block's softmax weights ``[B, heads, N, M]`` for images ``x``.
+
+        ``token_grids`` gives each stage's grids, by which ``N`` and ``M`` unfold into pictures.
+        """
+        self._check_input(x)
+        maps = []
+        x = self.front(x)
+        for stage in self.stages:
+            assert isinstance(stage, TransformerStage)
+            x = stage.embed(x)
+            for block in stage.blocks:
+                attention = block.attention
+                assert isinstance(attention, ConvAttention)
+                maps.append(attention.weights(x))
+                x = block(x)
+        return maps
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last linear map by a new one for ``num_classes`` classes (0: none)."""
+        self.config["num_classes"] = _check.integer("num_classes", num_classes, 0)
+        self.head.reset(num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last linear map."""
+        return self.head.classifier
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return int(self.config["num_classes"])
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that weight decay is best kept from: norms and biases."""
+        norms = {
+            f"{name}.weight"
+            for name, module in self.named_modules()
+            if isinstance(module, (BatchNorm, LayerNorm, nn.LayerNorm))
+        }
+        names = {name for name, _ in self.named_parameters()}
+        return {n for n in names if n in norms or n.rpartition(".")[2] == "bias"}
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
+    ) -> str | None:
+        """Write ``model.safetensors`` and ``config.json`` to a folder, each whole or not at all.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: also upload it; further arguments go to ``huggingface_hub``.
+        """
+        folder = Path(save_directory)
+        with _files.replacing(folder / WEIGHTS) as path:
+            state = {key: value.contiguous() for key, value in self.state_dict().items()}
+            safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+        with _files.replacing(folder / CONFIG) as path:
+            path.write_text(json.dumps(self.config, indent=2) + "\n")
+        if push_to_hub:
+            repo: str | None = self.push_to_hub(
+                repo_id=kwargs.pop("repo_id", folder.name), config=self.config, **kwargs
+            )
+            return repo
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save_pretrained(save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls: type[M],
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        **model_kwargs: Any,
+    ) -> M:
+        local = os.path.isdir(model_id)
+        paths = [
+            Path(model_id, name)
+            if local
+            else Path(
+                hf_hub_download(
+                    model_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+            for name in (CONFIG, WEIGHTS)
+        ]
+        architecture = read_config(paths[0])["architecture"]
+        if architecture != cls.__name__:
+            raise ValueError(
+                f"{model_id} holds a {architecture}, not a {cls.__name__}; "
+                f"eqcvt.load_model loads either"
+            )
+        model = cls(**model_kwargs).to(map_location)
+        model.load_state_dict(read_weights(paths[1], map_location))
+        return model.eval()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model's ``config.json``; an error names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} is not a saved model: it has no {path.name} "
+            f"(save_pretrained writes one)"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f"{path} is not a model configuration: it has no 'architecture'")
+    return config
+
+
+def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file; raise a ValueError or FileNotFoundError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a saved model: it has no {path.name}")
+    try:
+        return safetensors.torch.load_file(path, device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None

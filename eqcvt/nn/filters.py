@@ -1,0 +1,52 @@
+"""Ordinary and symmetric convolution filters behind one parameter."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from eqcvt.groups import Group, orbit_basis
+
+
+class Filters(nn.Module):
+    """Convolution filters ``[out, in, k, k]``, free or constant on the pixel orbits of a group.
+
+    Free filters are stored as they are; symmetric ones as one weight per orbit (3 for a 3x3 filter
+    under the 90-degree turns), from which the filter is expanded.
+
+    Args:
+        out_channels: filters.
+        in_channels: channels each of them reads (1 for depthwise ones).
+        kernel_size: size in pixels.
+        symmetry: the group whose grid symmetries leave the filters unchanged; None for free
+            filters.
+    """
+
+    orbits: Tensor | None
+
+    def __init__(
+        self, out_channels: int, in_channels: int, kernel_size: int, symmetry: Group | None = None
+    ) -> None:
+        super().__init__()
+        self.symmetry = symmetry
+        # The same bound as torch.nn.Conv2d's default, so that both kinds start alike.
+        bound = 1 / math.sqrt(in_channels * kernel_size**2)
+        shape: tuple[int, ...] = (kernel_size, kernel_size)
+        if symmetry is None:
+            self.orbits = None
+        else:
+            orbits = orbit_basis(symmetry, kernel_size)
+            self.register_buffer("orbits", orbits.to(torch.get_default_dtype()), persistent=False)
+            shape = orbits.shape[:1]
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels, *shape).uniform_(-bound, bound)
+        )
+
+    def forward(self) -> Tensor:
+        """Return the filters ``[out, in, k, k]``."""
+        if self.orbits is None:
+            return self.weight
+        orbits = self.orbits.to(self.weight.dtype)
+        return (self.weight.unsqueeze(-1).unsqueeze(-1) * orbits).sum(2)

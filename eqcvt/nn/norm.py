@@ -1,0 +1,96 @@
+"""Batch normalisation modules on :func:`eqcvt.ops.batch_norm`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eqcvt import ops
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over all axes but the second, for any number of axes.
+
+    On a regular field ``[B, F, G, H, W]`` it is the inner batch norm: one mean and variance per
+    field, shared by the group axis. Parameters and buffers are those of ``torch.nn.BatchNorm2d``.
+
+    Args:
+        num_features: channels or fields ``F``.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
+
+    @property
+    def running(self) -> tuple[Tensor, Tensor] | None:
+        """The running mean and variance in evaluation, None in training."""
+        return None if self.training else (self.running_mean, self.running_var)
+
+    def track(self, mean: Tensor, variance: Tensor) -> None:
+        """Update the running statistics with a batch's mean and unbiased variance ``[F]``."""
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` ``[B, F, ...]``."""
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        y, mean, variance = ops.batch_norm(
+            x, self.weight, self.bias, eps=self.eps, process_group=self.process_group
+        )
+        self.track(mean, variance)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation of tokens ``[B, D, H, W]`` over their channels.
+
+    Args:
+        dim: channels ``D``.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` ``[B, D, H, W]``."""
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+def set_sync_batch_norm(model: nn.Module, process_group: dist.ProcessGroup | None) -> None:
+    """Make every batch norm of ``model`` share its statistics over a process group.
+
+    Works with any collective backend, on CPU too, and gives the gradients of one process that sees
+    the whole batch.
+
+    Args:
+        model: a model built of this package's modules.
+        process_group: the group, or None to return to statistics per process.
+
+    Raises:
+        ValueError: if ``model`` has no batch norm of this package.
+    """
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no eqcvt batch norm to synchronise")
+    for norm in norms:
+        norm.process_group = process_group

@@ -1,0 +1,39 @@
+"""The operations of the model: one file each, with its mathematics and plain reference."""
+
+from eqcvt.ops._backend import current_backend, explain, use_backend
+from eqcvt.ops.conv_attention import Depthwise, Pointwise, attention_weights, conv_attention
+from eqcvt.ops.lift import (
+    blur_kernel,
+    blur_pool2d,
+    circular_mask,
+    conv_size,
+    filter_bank,
+    group_pool,
+    lift,
+    lift_conv2d,
+)
+from eqcvt.ops.mlp_block import mlp_block
+from eqcvt.ops.norm import batch_norm, layer_norm
+from eqcvt.ops.token_embed import token_embed
+
+__all__ = [
+    "Depthwise",
+    "Pointwise",
+    "attention_weights",
+    "batch_norm",
+    "blur_kernel",
+    "blur_pool2d",
+    "circular_mask",
+    "conv_attention",
+    "conv_size",
+    "current_backend",
+    "explain",
+    "filter_bank",
+    "group_pool",
+    "layer_norm",
+    "lift",
+    "lift_conv2d",
+    "mlp_block",
+    "token_embed",
+    "use_backend",
+]

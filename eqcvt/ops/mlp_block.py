@@ -1,0 +1,83 @@
+r"""The MLP block: layer normalisation, two linear maps with a GELU between them, and the residual.
+
+.. math:: y = x + W_2 \, \mathrm{GELU}(W_1 \, \mathrm{LN}(x) + c_1) + c_2
+
+Every token is treated alone, so the block commutes with any permutation of tokens.
+
+Source: Vaswani et al., arXiv:1706.03762, section 3.3; Wu et al., arXiv:2103.15808, section 3.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from eqcvt.ops import _backend
+from eqcvt.ops.norm import layer_norm
+
+
+def mlp_block_reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    dropout: float,
+    eps: float,
+) -> Tensor:
+    """The definition of :func:`mlp_block` in plain PyTorch."""
+    tokens = layer_norm(x, norm_weight, norm_bias, eps=eps).permute(0, 2, 3, 1)
+    hidden = F.dropout(F.gelu(F.linear(tokens, w1, b1)), dropout, training=dropout > 0)
+    y = F.dropout(F.linear(hidden, w2, b2), dropout, training=dropout > 0)
+    return x + y.permute(0, 3, 1, 2)
+
+
+_backend.register("mlp_block", "reference", mlp_block_reference)
+
+
+def mlp_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    dropout: float = 0.0,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Apply the pre-norm MLP block with its residual.
+
+    Args:
+        x: tokens ``[B, D, H, W]``.
+        norm_weight: ``[D]``, scale of the layer norm.
+        norm_bias: ``[D]``, its shift.
+        w1: ``[E, D]`` and ``b1``: ``[E]``, the first linear map.
+        b1: see ``w1``.
+        w2: ``[D, E]`` and ``b2``: ``[D]``, the second.
+        b2: see ``w2``.
+        dropout: probability of dropping an entry after the GELU and after the second map; 0 in
+            evaluation.
+        eps: added to the variance.
+        backend: a backend's name; None for the one in force.
+
+    Returns:
+        Tokens of the shape of ``x``.
+
+    Raises:
+        ValueError: if the channels do not fit.
+        RuntimeError: if the backend asked for by name cannot serve the call.
+    """
+    if x.dim() != 4 or x.shape[1] != w1.shape[1] or w1.shape[0] != w2.shape[1]:
+        raise ValueError(
+            f"mlp_block needs x [B, D, H, W], w1 [E, D], w2 [D, E], "
+            f"got {list(x.shape)}, {list(w1.shape)}, {list(w2.shape)}"
+        )
+    implementation = _backend.dispatch("mlp_block", x, backend)
+    y: Tensor = implementation(x, norm_weight, norm_bias, w1, b1, w2, b2, dropout=dropout, eps=eps)
+    return y

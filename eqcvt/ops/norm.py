@@ -1,0 +1,104 @@
+r"""Batch normalisation with returned and shareable statistics, and layer normalisation.
+
+.. math:: y = \gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta
+
+with :math:`\mu, \sigma^2` over all axes but the second: for a regular field ``[B, F, G, H, W]``
+that is one mean and variance per field, shared by the group axis, which keeps the group's action
+intact. Running statistics are the caller's: the op returns what they are updated with. Layer
+normalisation takes them per token, over the second axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        y = x.clone()
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def _all_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    y: Tensor = _SumOverProcesses.apply(x, group)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _synchronised(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = [d for d in range(x.dim()) if d != 1]
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    local = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() / x.shape[1])])
+    total = _all_sum(local, group)
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    centred = wide - mean.view(shape)
+    variance = _all_sum(centred.square().sum(dims), group) / count
+    scale = (weight * torch.rsqrt(variance + eps)).view(shape)
+    y = (centred * scale + bias.view(shape)).to(x.dtype)
+    return y, mean.detach(), (variance * count / (count - 1)).detach()
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise over all axes but the second with the statistics of the batch.
+
+    Args:
+        x: ``[B, F, ...]``, floating point.
+        weight: ``[F]``, the scale.
+        bias: ``[F]``, the shift.
+        eps: added to the variance.
+        process_group: if given, statistics are those of all its processes' batches together.
+
+    Returns:
+        ``y`` of the shape and dtype of ``x``, the mean ``[F]`` and the unbiased variance ``[F]``
+        (at least float32, without gradient), with which running statistics are updated.
+
+    Raises:
+        ValueError: if there is only one value per channel.
+    """
+    if process_group is not None:
+        return _synchronised(x, weight, bias, eps, process_group)
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    mean = torch.zeros(x.shape[1], dtype=statistics, device=x.device)
+    variance = torch.zeros(x.shape[1], dtype=statistics, device=x.device)
+    # A momentum of one makes PyTorch's update hand over the statistics of this batch.
+    y = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
+    return y, mean, variance
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Normalise each token over its channels.
+
+    Args:
+        x: ``[B, D, H, W]``.
+        weight: ``[D]``, the scale.
+        bias: ``[D]``, the shift.
+        eps: added to the (biased) variance.
+    """
+    y = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
+    return y.permute(0, 3, 1, 2)
