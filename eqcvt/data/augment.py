@@ -1,0 +1,93 @@
+"""Random rotations on the training device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._check import choice, integer
+
+MODES = ("rotate", "dihedral", "none")
+
+
+def rotate(images: Tensor, degrees: Tensor, supersample: int = 3) -> Tensor:
+    """Rotate each image counter-clockwise about its centre, on a finer grid.
+
+    The image is enlarged bilinearly, rotated bilinearly with zeros beyond its edge (kornia), and
+    reduced with an antialiasing bilinear filter, as the author's transforms did.
+
+    Args:
+        images: Floating [B, C, H, W].
+        degrees: Angle of each image [B].
+        supersample: Factor of the finer grid; 1 rotates the pixels themselves.
+
+    Returns:
+        [B, C, H, W] of the same type; half precisions are computed in float32.
+    """
+    from kornia.geometry.transform import rotate as turn
+
+    fine = images if images.dtype == torch.float64 else images.to(torch.float32)
+    size = (images.shape[-2], images.shape[-1])
+    if supersample > 1:
+        larger = (size[0] * supersample, size[1] * supersample)
+        fine = F.interpolate(fine, larger, mode="bilinear", align_corners=False)
+    fine = turn(fine, degrees.to(fine), mode="bilinear", padding_mode="zeros", align_corners=True)
+    if supersample > 1:
+        fine = F.interpolate(fine, size, mode="bilinear", align_corners=False, antialias=True)
+    return fine.to(images.dtype)
+
+
+class Augment(nn.Module):
+    """Turn every image of a batch by an angle of its own.
+
+    The randomness comes from torch's global generator of the images' device. In evaluation mode
+    (``.eval()``) images pass unchanged.
+
+    Args:
+        mode: ``rotate``: any angle in [-180, 180) degrees; ``dihedral``: exact quarter turns and
+            mirror images, of square images; ``none``: unchanged.
+        supersample: Factor of the finer grid on which ``rotate`` works.
+    """
+
+    def __init__(self, mode: str = "rotate", supersample: int = 3) -> None:
+        super().__init__()
+        self.mode = choice("augmentation", mode, MODES)
+        self.supersample = integer("supersample", supersample)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return turned images of the same shape and type.
+
+        Args:
+            images: Floating [B, C, H, W].
+
+        Raises:
+            TypeError: Integers, which rotation would round; scale them with ``to_unit`` first.
+            ValueError: Another shape.
+        """
+        if not images.is_floating_point():
+            raise TypeError(
+                f"augmentation needs floating images, got {images.dtype}: "
+                "scale them with eqcvt.data.to_unit first"
+            )
+        if images.ndim != 4:
+            raise ValueError(
+                f"augmentation needs images of the shape [B, C, H, W], got {list(images.shape)}"
+            )
+        if self.mode == "none" or not self.training or images.shape[0] == 0:
+            return images
+        if self.mode == "rotate":
+            uniform = torch.rand(images.shape[0], device=images.device)
+            return rotate(images, uniform * 360 - 180, self.supersample)
+        if images.shape[-1] != images.shape[-2]:
+            raise ValueError(
+                f"quarter turns need square images, got {images.shape[-2]}x{images.shape[-1]}"
+            )
+        quarter, half, mirror = torch.rand(3, images.shape[0], 1, 1, 1, device=images.device) < 0.5
+        images = torch.where(quarter, images.rot90(1, (2, 3)), images)
+        images = torch.where(half, images.rot90(2, (2, 3)), images)
+        return torch.where(mirror, images.flip(3), images)
+
+    def extra_repr(self) -> str:
+        """Show the settings in the module's repr."""
+        return f"mode={self.mode!r}, supersample={self.supersample}"

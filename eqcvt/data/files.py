@@ -1,0 +1,372 @@
+"""Sets of labelled lensing images: in memory, in ``.npz`` files and in folders of shards."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .._check import fraction as check_fraction
+from .._check import integer
+from .._files import replacing
+
+_PARAMETER = "parameter_"
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
+_SHARD = re.compile(r"^(?P<name>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.npz$")
+
+
+@dataclass(frozen=True, eq=False)
+class LensingImages:
+    """Labelled images.
+
+    Args:
+        images: uint8 or float32, [N, H, W] (grey) or [N, C, H, W].
+        labels: uint8 [N], index of the class.
+        classes: Names of the classes.
+        parameters: Physical parameters by name, each [N]; may be empty.
+        config: Configuration of the simulation; may be empty.
+        seed: Seed of the simulation, or None.
+        index: Index of each image in the simulated set, int64 [N], or None.
+
+    Raises:
+        TypeError, ValueError: Parts that do not fit each other.
+    """
+
+    images: npt.NDArray[Any]
+    labels: npt.NDArray[np.uint8]
+    classes: tuple[str, ...] = ("no_sub", "sub")
+    parameters: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    index: npt.NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype not in (np.uint8, np.float32):
+            raise TypeError(f"images must be uint8 or float32, got {self.images.dtype}")
+        if self.images.ndim not in (3, 4):
+            raise ValueError(
+                f"images must have the shape [N, H, W] or [N, C, H, W], got {self.images.shape}"
+            )
+        if self.labels.dtype != np.uint8:
+            raise TypeError(f"labels must be uint8, got {self.labels.dtype}")
+        count = len(self.images)
+        columns = {"labels": self.labels, **self.parameters}
+        if self.index is not None:
+            columns["index"] = self.index
+        for name, column in columns.items():
+            if column.shape != (count,):
+                raise ValueError(f"{name} must have the shape [{count}], got {column.shape}")
+        if count and self.labels.max() >= len(self.classes):
+            raise ValueError(
+                f"labels must lie in 0..{len(self.classes) - 1} for the classes "
+                f"{', '.join(self.classes)}, got {self.labels.max()}"
+            )
+        if self.images.dtype == np.float32:
+            bad = [i for i in range(count) if not np.isfinite(self.images[i]).all()]
+            if bad:
+                raise ValueError(
+                    f"images must be finite: {len(bad)} of {count} hold NaN or infinity, "
+                    f"the first is image {bad[0]}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return 1 if self.images.ndim == 3 else int(self.images.shape[1])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.images.shape[-2]), int(self.images.shape[-1])
+
+    def subset(self, indices: Sequence[int] | npt.NDArray[Any]) -> LensingImages:
+        """Return the images at these places, in this order (a boolean mask serves as well)."""
+        places = np.asarray(indices)
+        if places.dtype != np.bool_:
+            places = places.astype(np.int64)
+        return replace(
+            self,
+            images=self.images[places],
+            labels=self.labels[places],
+            parameters={name: column[places] for name, column in self.parameters.items()},
+            index=None if self.index is None else self.index[places],
+        )
+
+    def save(self, path: str | Path, *, compressed: bool = True) -> Path:
+        """Write one ``.npz`` file, whole or not at all; ``load`` reads it back."""
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"a set is saved as a .npz file, got {str(path)!r}")
+        columns: dict[str, npt.NDArray[Any]] = {
+            "images": self.images,
+            "labels": self.labels,
+            "classes": np.array(self.classes, dtype=np.str_),
+            "config": np.array(json.dumps(self.config)),
+        }
+        if self.seed is not None:
+            columns["seed"] = np.array(json.dumps(self.seed))
+        if self.index is not None:
+            columns["index"] = self.index
+        columns.update({_PARAMETER + name: column for name, column in self.parameters.items()})
+        with replacing(path) as temporary:
+            write: Any = np.savez_compressed if compressed else np.savez
+            write(temporary, **columns)
+        return path
+
+
+def load(path: str | Path, split: str | None = None) -> LensingImages:
+    """Read a set of images.
+
+    Args:
+        path: One ``.npz`` file; a folder of ``.npz`` shards (their union, sorted by index); or a
+            folder of ML4SCI's layout, one folder of ``.png``, ``.jpg`` or ``.npy`` per class,
+            with or without ``train`` and ``val`` above.
+        split: ``train`` or ``val``: read ``path/split`` or ``path/split.npz`` alone. None reads
+            all there is.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        ValueError, TypeError: A file that cannot be read or does not fit; it is named.
+    """
+    from .folders import SPLITS, read_folder
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}{_nearest(path)}")
+    if split is not None:
+        found = [p for p in (path / split, path / f"{split}.npz") if p.exists()]
+        if split not in SPLITS or not found:
+            there = [name for name in SPLITS if (path / name).exists()]
+            there += [name for name in SPLITS if (path / f"{name}.npz").exists()]
+            raise ValueError(
+                f"{path} has no split {split!r}; it has {', '.join(there) or 'none'}: "
+                "leave split out to read all images"
+            )
+        path = found[0]
+    if path.is_file():
+        if path.suffix != ".npz":
+            raise ValueError(
+                f"cannot read {path}: a set is a .npz file, a folder of .npz shards or a folder "
+                "with one folder of images per class"
+            )
+        return _read_npz(path)
+    shards = sorted(p for p in path.glob("*.npz") if not p.name.startswith("."))
+    return _join_shards(path, shards) if shards else read_folder(path)
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor is there a folder {path.parent})"
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def read_array(path: Path) -> Any:
+    """Read a ``.npy`` or ``.npz`` file without unpickling; errors name the file."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        if "allow_pickle" in str(error) or "pickled" in str(error):
+            raise ValueError(
+                f"{path} holds pickled Python objects, which are not read because they can run "
+                "code; save it as a plain array"
+            ) from error
+        raise ValueError(f"cannot read {path}: {error}") from error
+    except _DAMAGED as error:
+        raise ValueError(f"cannot read {path}: truncated or not a numpy file ({error})") from error
+
+
+def _read_npz(path: Path) -> LensingImages:
+    archive = read_array(path)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"cannot read {path}: a .npy file under the name of a .npz file")
+    columns: dict[str, npt.NDArray[Any]] = {}
+    with archive:
+        missing = [name for name in ("images", "labels") if name not in archive.files]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {' and '.join(map(repr, missing))}; it holds "
+                f"{', '.join(archive.files) or 'nothing'}"
+            )
+        for name in archive.files:
+            try:
+                columns[name] = archive[name]
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: {name!r} holds pickled Python objects or is damaged: {error}"
+                ) from error
+            except _DAMAGED as error:
+                raise ValueError(f"{path}: {name!r} is truncated or damaged ({error})") from error
+    try:
+        return _from_columns(columns)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
+    images, labels = columns["images"], columns["labels"]
+    if images.dtype == np.float64:
+        images = images.astype(np.float32)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.size and (labels.min() < 0 or labels.max() > 255):
+        raise ValueError(f"labels must lie in 0..255, got {labels.min()}..{labels.max()}")
+    if "classes" in columns:
+        classes = tuple(str(name) for name in columns["classes"])
+    else:
+        top = int(labels.max(initial=0))
+        classes = ("no_sub", "sub") if top < 2 else tuple(f"class_{i}" for i in range(top + 1))
+    return LensingImages(
+        images=images,
+        labels=labels.astype(np.uint8),
+        classes=classes,
+        parameters={
+            name[len(_PARAMETER) :]: column
+            for name, column in columns.items()
+            if name.startswith(_PARAMETER)
+        },
+        config=json.loads(str(columns["config"])) if "config" in columns else {},
+        seed=json.loads(str(columns["seed"])) if "seed" in columns else None,
+        index=columns["index"].astype(np.int64) if "index" in columns else None,
+    )
+
+
+def _join_shards(folder: Path, paths: list[Path]) -> LensingImages:
+    names = [_SHARD.match(path.name) for path in paths]
+    if all(names):
+        expected = {int(m["shards"]) for m in names if m}
+        if len(expected) > 1:
+            raise ValueError(f"{folder} mixes shards of runs with {sorted(expected)} shards")
+        lacking = set(range(expected.pop())) - {int(m["shard"]) for m in names if m}
+        if lacking:
+            raise ValueError(f"{folder} lacks shard {_few(lacking)} of {paths[0].name[-9:-4]}")
+    joined = join([_read_npz(path) for path in paths], [str(path) for path in paths])
+    if joined.index is None:
+        return joined
+    values, counts = np.unique(joined.index, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"{folder} holds these images twice: index {_few(values[counts > 1])}")
+    if len(values) and all(names):
+        gaps = set(range(int(values[-1]) + 1)) - set(values.tolist())
+        if gaps:
+            raise ValueError(f"{folder} lacks images with index {_few(gaps)}")
+    return joined.subset(np.argsort(joined.index))
+
+
+def _few(numbers: Any) -> str:
+    ordered = sorted(int(number) for number in numbers)
+    return ", ".join(map(str, ordered[:5])) + (" ..." if len(ordered) > 5 else "")
+
+
+def join(parts: Sequence[LensingImages], names: Sequence[str]) -> LensingImages:
+    """Put sets of one kind one after the other.
+
+    Args:
+        parts: The sets; at least one.
+        names: What to call each in an error.
+
+    Raises:
+        ValueError: A set that differs from the first in classes, configuration, seed, image size
+            or type, or columns.
+    """
+    first = parts[0]
+    for part, name in zip(parts[1:], names[1:], strict=True):
+        for what, here, there in (
+            ("classes", part.classes, first.classes),
+            ("configuration", part.config, first.config),
+            ("seed", part.seed, first.seed),
+            ("image shape", part.images.shape[1:], first.images.shape[1:]),
+            ("image type", str(part.images.dtype), str(first.images.dtype)),
+            ("parameters", sorted(part.parameters), sorted(first.parameters)),
+            ("index", part.index is None, first.index is None),
+        ):
+            if here != there:
+                raise ValueError(
+                    f"{name} does not belong with {names[0]}: another {what}"
+                    + (f" ({here} instead of {there})" if what != "configuration" else "")
+                )
+    if len(parts) == 1:
+        return first
+    indices = [part.index for part in parts if part.index is not None]
+    return replace(
+        first,
+        images=np.concatenate([part.images for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        parameters={
+            name: np.concatenate([part.parameters[name] for part in parts])
+            for name in first.parameters
+        },
+        index=np.concatenate(indices) if indices else None,
+    )
+
+
+def split(
+    data: LensingImages, fraction: float = 0.1, seed: int = 1337
+) -> tuple[LensingImages, LensingImages]:
+    """Hold out a fraction of each class at random.
+
+    Args:
+        data: The whole set.
+        fraction: Share of each class to hold out, above 0 and below 1; rounded to whole images.
+        seed: Decides which images.
+
+    Returns:
+        The rest and the held-out images, both in their old order.
+
+    Raises:
+        ValueError: A class too small to give an image to both.
+    """
+    check_fraction("fraction", fraction)
+    integer("seed", seed, 0)
+    held = np.zeros(len(data), dtype=np.bool_)
+    rng = np.random.Generator(np.random.Philox(seed))
+    for label, name in enumerate(data.classes):
+        places = np.flatnonzero(data.labels == label)
+        count = round(fraction * len(places))
+        if len(places) and not 0 < count < len(places):
+            raise ValueError(
+                f"cannot hold out {fraction} of the {len(places)} images of class {name!r}: "
+                "both parts need at least one; simulate more or choose another fraction"
+            )
+        held[rng.permutation(places)[:count]] = True
+    return data.subset(~held), data.subset(held)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Scale images to grey values in [0, 1].
+
+    Args:
+        images: uint8 (divided by 255) or floating (each image from its own minimum to its own
+            maximum over all channels; a constant image becomes 0), [B, H, W] or [B, C, H, W].
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    if images.ndim not in (3, 4):
+        raise ValueError(
+            f"images must have the shape [B, H, W] or [B, C, H, W], got {list(images.shape)}"
+        )
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32) / 255
+    if not images.is_floating_point():
+        raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
+    images = images.to(torch.float32)
+    low = images.amin(dim=(1, 2, 3), keepdim=True)
+    span = images.amax(dim=(1, 2, 3), keepdim=True) - low
+    return (images - low) / torch.where(span > 0, span, 1)

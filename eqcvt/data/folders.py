@@ -1,0 +1,124 @@
+"""Images in folders as ML4SCI lays them out: one folder per class, perhaps below train and val."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .files import LensingImages, join, read_array
+
+SPLITS = ("train", "val")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
+
+
+def read_folder(folder: Path) -> LensingImages:
+    """Read one folder of images per class, or both splits of them (``train`` first).
+
+    Classes are numbered by name with those that begin with "no" first (no_sub, no). Images are in
+    the natural order of their names, class after class.
+
+    Args:
+        folder: A folder of ``{class}/*.png|jpg|npy`` or ``{train,val}/{class}/...``.
+
+    Returns:
+        The images, grey [N, H, W] or [N, 3, H, W], uint8 or (from floating arrays) float32.
+
+    Raises:
+        ValueError: No images, or one that cannot be read or differs in size or type; it is named.
+    """
+    parts = [folder / name for name in SPLITS if (folder / name).is_dir()]
+    if parts:
+        return join([_read_classes(part) for part in parts], [str(part) for part in parts])
+    return _read_classes(folder)
+
+
+def read_image(path: str | Path) -> npt.NDArray[Any]:
+    """Read one image file.
+
+    Args:
+        path: ``.png``, ``.jpg`` or ``.npy`` (never unpickled) with 1 or 3 channels.
+
+    Returns:
+        uint8 or float32, [H, W] or [3, H, W].
+
+    Raises:
+        ValueError: A file that is no such image; it is named.
+    """
+    path = Path(path)
+    image = read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"cannot read {path}: a .npz archive under the name of a .npy file")
+    if image.dtype in (np.float16, np.float64, np.uint16):
+        image = image.astype(np.float32)
+    if image.dtype not in (np.uint8, np.float32):
+        raise ValueError(f"{path}: an image must be uint8 or floating, got {image.dtype}")
+    if image.ndim == 3 and image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
+        image = np.moveaxis(image, 2, 0)
+    if image.ndim == 3 and image.shape[0] == 1:
+        image = image[0]
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[0] == 3)) or 0 in image.shape:
+        raise ValueError(
+            f"{path}: an image must have the shape [H, W], [1, H, W] or [3, H, W], "
+            f"got {list(image.shape)}"
+        )
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise ValueError(f"{path} holds NaN or infinity")
+    return np.ascontiguousarray(image)
+
+
+def _read_picture(path: Path) -> npt.NDArray[Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("L", "RGB", "I;16"):
+                raise ValueError(
+                    f"its mode is {picture.mode}; save it as 8-bit grey (L) or colour (RGB)"
+                )
+            return np.asarray(picture)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _natural(path: Path) -> list[Any]:
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def _read_classes(folder: Path) -> LensingImages:
+    files = {
+        place.name: sorted(
+            (p for p in place.iterdir() if p.suffix.lower() in _SUFFIXES), key=_natural
+        )
+        for place in folder.iterdir()
+        if place.is_dir() and not place.name.startswith(".")
+    }
+    classes = sorted(files, key=lambda name: (not name.lower().startswith("no"), name))
+    if not classes:
+        raise ValueError(
+            f"{folder} holds no images: expected .npz files, or one folder per class "
+            f"(such as no_sub and sub) of {', '.join(_SUFFIXES)} files"
+        )
+    empty = [name for name in classes if not files[name]]
+    if empty:
+        raise ValueError(
+            f"{folder / empty[0]} holds no images (expected {', '.join(_SUFFIXES)} files)"
+        )
+    paths = [path for name in classes for path in files[name]]
+    images: list[npt.NDArray[Any]] = []
+    for path in paths:
+        image = read_image(path)
+        if images and (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
+            raise ValueError(
+                f"{path} is {image.dtype} {list(image.shape)}, but {paths[0]} is "
+                f"{images[0].dtype} {list(images[0].shape)}; all images must be alike"
+            )
+        images.append(image)
+    labels = [label for label, name in enumerate(classes) for _ in files[name]]
+    return LensingImages(
+        images=np.stack(images), labels=np.array(labels, dtype=np.uint8), classes=tuple(classes)
+    )

@@ -1,0 +1,303 @@
+"""Reading and writing sets: what is read, and what is refused with which message."""
+
+import dataclasses
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eqcvt.data import LensingImages, contact_sheet, generate, load, resolve, split, to_unit
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    return generate(resolve("deeplense", size=17), range(12))
+
+
+def images_of(count=6, size=9, dtype=np.uint8, **changes):
+    rng = np.random.default_rng(0)
+    fields = {
+        "images": rng.integers(0, 255, (count, size, size)).astype(dtype),
+        "labels": (np.arange(count) % 2).astype(np.uint8),
+    }
+    return LensingImages(**(fields | changes))
+
+
+def test_round_trip(tmp_path, simulated):
+    again = load(simulated.save(tmp_path / "set.npz"))
+    for item in dataclasses.fields(simulated):
+        ours, theirs = getattr(again, item.name), getattr(simulated, item.name)
+        if isinstance(theirs, np.ndarray):
+            assert ours.dtype == theirs.dtype
+            assert np.array_equal(ours, theirs)
+        elif item.name == "parameters":
+            assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+        else:
+            assert ours == theirs
+    assert (again.channels, again.size, len(again)) == (1, (17, 17), 12)
+
+
+def test_plain_archives_are_read(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 3, 5, 4)), labels=np.array([0, 2, 1]))
+    data = load(tmp_path / "a.npz")
+    assert data.images.dtype == np.float32
+    assert (data.channels, data.size) == (3, (5, 4))
+    assert data.classes == ("class_0", "class_1", "class_2")
+    assert (data.parameters, data.config, data.seed, data.index) == ({}, {}, None, None)
+
+
+def test_subset_takes_indices_and_masks(simulated):
+    by_index, by_mask = simulated.subset([9, 2]), simulated.subset(simulated.labels == 1)
+    assert by_index.index.tolist() == [9, 2]
+    assert np.array_equal(by_index.images[0], simulated.images[9])
+    assert by_index.parameters["shear"][1] == simulated.parameters["shear"][2]
+    assert by_mask.index.tolist() == [1, 3, 5, 7, 9, 11]
+
+
+def shard_folder(folder, data, cuts=((0, 4), (4, 8), (8, 12))):
+    for number, (start, stop) in enumerate(cuts):
+        part = data.subset(range(start, stop))
+        part.save(folder / f"deeplense-{number:05d}-of-{len(cuts):05d}.npz")
+    return folder
+
+
+def test_shards_are_sorted_by_index(tmp_path, simulated):
+    simulated.subset([5, 1, 3]).save(tmp_path / "a.npz")
+    simulated.subset([4, 0, 2]).save(tmp_path / "b.npz")
+    joined = load(tmp_path)
+    assert joined.index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.array_equal(joined.images, simulated.images[:6])
+
+
+def test_shards_that_do_not_fit_are_named(tmp_path, simulated):
+    folder = shard_folder(tmp_path / "s", simulated)
+    last = folder / "deeplense-00002-of-00003.npz"
+    assert len(load(folder)) == 12
+    for change, message in (
+        ({"seed": 7}, r"00002-of-00003.npz does not belong with .*00000.*another seed \(7 inst"),
+        ({"config": {}}, "another configuration"),
+        ({"classes": ("a", "b")}, "another classes"),
+        ({"parameters": {}}, "another parameters"),
+        ({"images": simulated.images[8:, :9, :9]}, r"another image shape \(\(9, 9\) instead"),
+    ):
+        dataclasses.replace(simulated.subset(range(8, 12)), **change).save(last)
+        with pytest.raises(ValueError, match=message):
+            load(folder)
+    simulated.subset(range(7, 12)).save(last)
+    with pytest.raises(ValueError, match=r"holds these images twice: index 7$"):
+        load(folder)
+    simulated.subset(range(9, 12)).save(last)
+    with pytest.raises(ValueError, match=r"lacks images with index 8$"):
+        load(folder)
+    last.unlink()
+    with pytest.raises(ValueError, match="lacks shard 2 of 00003"):
+        load(folder)
+    simulated.subset([0]).save(folder / "deeplense-00001-of-00009.npz")
+    with pytest.raises(ValueError, match=r"mixes shards of runs with \[3, 9\] shards"):
+        load(folder)
+
+
+def test_bad_archives_are_named(tmp_path):
+    def archive(**columns):
+        np.savez(tmp_path / "bad.npz", **columns)
+
+    good = {"images": np.zeros((4, 5, 5), np.uint8), "labels": np.zeros(4, np.uint8)}
+    nan = np.zeros((4, 5, 5), np.float32)
+    nan[2, 1, 1] = np.nan
+    for columns, error, message in (
+        ({"images": good["images"], "y": good["labels"]}, ValueError, "lacks 'labels'; it holds"),
+        (good | {"images": np.zeros((4, 5, 5), np.int32)}, TypeError, "uint8 or float32, got int3"),
+        (good | {"images": np.zeros((4, 5), np.uint8)}, ValueError, r"\[N, H, W\] or .* \(4, 5\)"),
+        (good | {"images": nan}, ValueError, "1 of 4 hold NaN or infinity, the first is image 2"),
+        (good | {"labels": np.zeros(3, np.uint8)}, ValueError, r"labels must have the shape \[4\]"),
+        (good | {"labels": np.zeros(4)}, TypeError, "labels must be integers, got float64"),
+        (good | {"labels": np.array([0, 1, -1, 0])}, ValueError, "labels must lie in 0..255"),
+        (
+            good | {"labels": np.array([0, 1, 2, 0]), "classes": np.array(["a", "b"])},
+            ValueError,
+            r"labels must lie in 0..1 for the classes a, b, got 2",
+        ),
+        (good | {"parameter_shear": np.zeros(9)}, ValueError, r"shear must have the shape \[4\]"),
+        (good | {"labels": np.array([None] * 4)}, ValueError, "'labels' holds pickled Python obj"),
+    ):
+        archive(**columns)
+        with pytest.raises(error, match=message) as caught:
+            load(tmp_path / "bad.npz")
+        assert "bad.npz" in str(caught.value)
+
+
+def test_damaged_and_missing_files_are_named(tmp_path, simulated):
+    path = simulated.save(tmp_path / "set.npz")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot read .*set\.npz: truncated or not a numpy file"):
+        load(path)
+    middle = whole.index(b"images.npy") + 200
+    path.write_bytes(whole[:middle] + b"\0" * 50 + whole[middle + 50 :])
+    with pytest.raises(ValueError, match=r"set\.npz.*'images'.*damaged"):
+        load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot read .*set\.npz"):
+        load(path)
+    path.write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match=r"set\.npz holds pickled Python objects"):
+        load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match=r"lacks 'images' and 'labels'; it holds readme\.txt"):
+        load(path)
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    (tmp_path / "a.npy").rename(path)
+    with pytest.raises(ValueError, match=r"a \.npy file under the name of a \.npz file"):
+        load(path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file.*sett\.npz; did you mean .*set\.npz"
+    ):
+        load(tmp_path / "sett.npz")
+    with pytest.raises(FileNotFoundError, match=r"nor is there a folder .*nowhere"):
+        load(tmp_path / "nowhere" / "set.npz")
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"cannot read .*a\.txt: a set is a \.npz file"):
+        load(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"saved as a \.npz file, got 'a\.h5'"):
+        simulated.save("a.h5")
+
+
+def picture_folder(folder, names=("no_sub", "sub"), count=3, size=(8, 8), suffix="png", mode="L"):
+    rng = np.random.default_rng(1)
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            shape = size if mode == "L" else (*size, len(mode))
+            pixels = rng.integers(0, 255, shape).astype(np.uint8)
+            Image.fromarray(pixels, mode=mode).save(folder / name / f"{number}.{suffix}")
+    return folder
+
+
+def test_ml4sci_folders(tmp_path):
+    picture_folder(tmp_path / "train", count=11)
+    picture_folder(tmp_path / "val", count=2)
+    train, val = load(tmp_path, split="train"), load(tmp_path, split="val")
+    assert (len(train), len(val), len(load(tmp_path))) == (22, 4, 26)
+    assert train.classes == ("no_sub", "sub")
+    assert train.labels.tolist() == [0] * 11 + [1] * 11
+    # Natural order: 10.png after 9.png.
+    with Image.open(tmp_path / "train" / "no_sub" / "10.png") as picture:
+        assert np.array_equal(train.images[10], np.asarray(picture))
+    assert len(load(tmp_path / "val")) == 4
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, val"):
+        load(tmp_path, split="test")
+    with pytest.raises(ValueError, match="has no split 'val'; it has none: leave split out"):
+        load(tmp_path / "train", split="val")
+
+
+def test_split_files(tmp_path):
+    images_of().save(tmp_path / "train.npz")
+    assert len(load(tmp_path, split="train")) == 6
+
+
+def test_colour_and_arrays(tmp_path):
+    colour = load(picture_folder(tmp_path / "c", ("sphere", "no", "vort"), mode="RGB"))
+    assert colour.classes == ("no", "sphere", "vort")
+    assert colour.images.shape == (9, 3, 8, 8)
+    jpeg = load(picture_folder(tmp_path / "j", suffix="jpg"))
+    assert jpeg.images.shape == (6, 8, 8)
+    for number, shape in enumerate([(1, 6, 6), (6, 6), (6, 6, 1), (3, 6, 6), (6, 6, 3)]):
+        for name in ("no", "axion"):
+            place = tmp_path / str(number) / name
+            place.mkdir(parents=True)
+            np.save(place / "a.npy", np.full(shape, 0.5))
+        data = load(tmp_path / str(number))
+        assert data.images.dtype == np.float32
+        assert data.classes == ("no", "axion")
+        assert data.images.shape == ((2, 6, 6) if number < 3 else (2, 3, 6, 6))
+
+
+def test_bad_folders_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no images: expected \.npz files, or one"):
+        load(tmp_path / "empty")
+    (tmp_path / "half" / "sub").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"half.sub holds no images \(expected \.png"):
+        load(tmp_path / "half")
+
+    folder = picture_folder(tmp_path / "f")
+
+    def refused(name, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(folder)
+        assert name in str(caught.value)
+        (folder / "sub" / name).unlink()
+
+    place = folder / "sub"
+    Image.new("L", (9, 8)).save(place / "size.png")
+    refused("size.png", r"is uint8 \[8, 9\], but .* is uint8 \[8, 8\]; all images must be alike")
+    Image.new("RGBA", (8, 8)).save(place / "alpha.png")
+    refused("alpha.png", "its mode is RGBA; save it as 8-bit grey")
+    (place / "cut.png").write_bytes((place / "0.png").read_bytes()[:60])
+    refused("cut.png", r"cannot read .*cut\.png")
+    (place / "text.jpg").write_text("not a picture")
+    refused("text.jpg", r"cannot read .*text\.jpg")
+    np.save(place / "objects.npy", np.array([{}]), allow_pickle=True)
+    refused("objects.npy", "holds pickled Python objects")
+    np.save(place / "ints.npy", np.zeros((8, 8), np.int64))
+    refused("ints.npy", "must be uint8 or floating, got int64")
+    np.save(place / "flat.npy", np.zeros(64, np.uint8))
+    refused("flat.npy", r"must have the shape \[H, W\].* got \[64\]")
+    np.save(place / "nan.npy", np.full((8, 8), np.nan))
+    refused("nan.npy", "holds NaN or infinity")
+    np.save(place / "short.npy", np.zeros((8, 8)))
+    (place / "short.npy").write_bytes((place / "short.npy").read_bytes()[:200])
+    refused("short.npy", r"cannot read .*short\.npy")
+    assert len(load(folder)) == 6
+
+
+def test_split_is_per_class_reproducible_and_disjoint(simulated):
+    data = dataclasses.replace(
+        images_of(100), labels=np.repeat([0, 1], [80, 20]).astype(np.uint8), index=np.arange(100)
+    )
+    rest, held = split(data, 0.1)
+    assert np.bincount(held.labels).tolist() == [8, 2]
+    assert sorted([*rest.index, *held.index]) == list(range(100))
+    assert held.index.tolist() == sorted(split(data, 0.1)[1].index)
+    assert held.index.tolist() != split(data, 0.1, seed=2)[1].index.tolist()
+    with pytest.raises(ValueError, match=r"hold out 0\.01 of the 20 images of class 'sub'"):
+        split(data, 0.01)
+    with pytest.raises(ValueError, match=r"fraction must lie in \[0, 1\), got 1"):
+        split(data, 1)
+
+
+def test_to_unit():
+    grey = torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8)
+    assert torch.equal(to_unit(grey), torch.tensor([[[[0, 0.2], [0.4, 1]]]]))
+    flux = torch.tensor([[[[-1.0, 3.0]], [[1.0, 0.0]]], [[[5.0, 5.0]], [[5.0, 5.0]]]])
+    expected = torch.tensor([[[[0, 1.0]], [[0.5, 0.25]]], [[[0, 0.0]], [[0, 0]]]])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        scaled = to_unit(flux.to(dtype))
+        assert scaled.dtype == torch.float32
+        assert torch.equal(scaled, expected)
+    with pytest.raises(TypeError, match=r"uint8 or floating, got torch\.int64"):
+        to_unit(torch.zeros(1, 2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[B, C, H, W\], got \[2, 2\]"):
+        to_unit(torch.zeros(2, 2))
+
+
+def test_contact_sheet(simulated):
+    sheet = contact_sheet(simulated, rows=2, columns=4, tile=20)
+    assert sheet.mode == "RGB"
+    assert sheet.size == (28 + 4 * 26 - 6, 28 + 2 * 26 + 2 * 30)
+    pixels = np.asarray(sheet)
+    # First tile of the first class, at its size.
+    tile = pixels[14 + 30 : 14 + 30 + 20, 14:34]
+    assert tile.max() > 200
+    colour = images_of(images=np.full((6, 3, 9, 9), 7, np.float32))
+    assert contact_sheet(colour, rows=1, columns=2, tile=9).size[0] == 28 + 2 * 15 - 6
+    with pytest.raises(ValueError, match="colours must be one of"):
+        contact_sheet(simulated, colours="magmaa")
+    with pytest.raises(ValueError, match="there are no images to draw"):
+        contact_sheet(simulated.subset([]))
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        contact_sheet(simulated, rows=0)
