@@ -261,7 +261,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         architecture = read_config(paths[0])["architecture"]
         if architecture != cls.__name__:
             raise ValueError(
-                f"{model_id} holds a {architecture}, not a {cls.__name__}; "
+                f"{model_id} holds the architecture {architecture}, not {cls.__name__}; "
                 f"eqcvt.load_model loads either"
             )
         model = cls(**model_kwargs).to(map_location)

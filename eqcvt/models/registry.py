@@ -84,5 +84,5 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> VisionModel:
         model = ARCHITECTURES[name](**arguments)
         model.load_state_dict(read_weights(folder / WEIGHTS))
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} does not hold a {name} of this version: {error}") from None
+        raise ValueError(f"{folder} does not fit {name} of this version: {error}") from None
     return model.to(device).eval()

@@ -124,7 +124,8 @@ def conv_attention_reference(
     qkv, statistics = _project(x, q, k, v, w, heads, kv_stride, eps, process_group)
     core = F.scaled_dot_product_attention(*qkv)
     y = F.linear(core.transpose(1, 2).flatten(2), w.out, w.out_bias)
-    y = F.dropout(y, dropout, training=dropout > 0)
+    if dropout > 0:
+        y = F.dropout(y, dropout)
     return residual + y.transpose(1, 2).reshape(residual.shape), statistics
 
 

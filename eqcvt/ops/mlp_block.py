@@ -30,8 +30,12 @@ def mlp_block_reference(
 ) -> Tensor:
     """The definition of :func:`mlp_block` in plain PyTorch."""
     tokens = layer_norm(x, norm_weight, norm_bias, eps=eps).permute(0, 2, 3, 1)
-    hidden = F.dropout(F.gelu(F.linear(tokens, w1, b1)), dropout, training=dropout > 0)
-    y = F.dropout(F.linear(hidden, w2, b2), dropout, training=dropout > 0)
+    hidden = F.gelu(F.linear(tokens, w1, b1))
+    if dropout > 0:
+        hidden = F.dropout(hidden, dropout)
+    y = F.linear(hidden, w2, b2)
+    if dropout > 0:
+        y = F.dropout(y, dropout)
     return x + y.permute(0, 3, 1, 2)
 
 

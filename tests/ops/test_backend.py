@@ -1,0 +1,81 @@
+"""The choice between backends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import eqcvt
+from eqcvt import fast, ops
+
+
+def test_a_call_holds_until_the_next_and_a_context_until_its_end() -> None:
+    before = ops.current_backend()
+    try:
+        eqcvt.use_backend("reference")
+        assert ops.current_backend() == "reference"
+        with eqcvt.use_backend("native"):
+            assert ops.current_backend() == "native"
+        assert ops.current_backend() == "reference"
+    finally:
+        eqcvt.use_backend(before)
+
+
+def test_a_backend_that_cannot_serve_raises_with_its_reason() -> None:
+    model = fast.EqCvT(1, image_size=33).eval()
+    x = torch.rand(1, 1, 33, 33)
+    unavailable = [row for row in ops.explain(("cpu",)) if row.op == "lift" and not row.available]
+    for row in unavailable:
+        with (
+            eqcvt.use_backend(row.backend),
+            pytest.raises(RuntimeError, match=f"backend '{row.backend}' cannot serve lift on cpu"),
+        ):
+            model(x)
+    with eqcvt.use_backend("triton"):
+        eqcvt.EqCvT(1, image_size=33).eval()(x)  # the reference stays the reference
+
+
+def test_the_automatic_choice_logs_each_refusal_once() -> None:
+    code = (
+        "import logging, torch, eqcvt.fast; logging.basicConfig(level=logging.INFO);"
+        "m = eqcvt.fast.EqCvT(1, image_size=33).eval(); x = torch.rand(1, 1, 33, 33); m(x); m(x)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rows = ops.explain(("cpu",))
+    for row in rows:
+        refused = not row.available and row.backend == "native"
+        assert run.stderr.count(f"{row.op} on cpu: not {row.backend},") == int(refused)
+
+
+def test_explain_names_one_choice_for_each_op_and_device() -> None:
+    rows = ops.explain(("cpu", "cuda"))
+    assert {row.op for row in rows} == {"conv_attention", "lift", "mlp_block", "token_embed"}
+    for op in {row.op for row in rows}:
+        for device in ("cpu", "cuda"):
+            mine = [row for row in rows if (row.op, row.device) == (op, device)]
+            assert [row.chosen for row in mine].count(True) == 1
+            assert mine[-1].backend == "reference"
+            assert all((row.reason is None) == row.available for row in mine)
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match="got 'tritn'; did you mean 'triton'"):
+        eqcvt.use_backend("tritn")
+
+
+def test_an_unknown_backend_in_the_environment_is_named() -> None:
+    code = "import torch, eqcvt.fast; eqcvt.fast.EqCvT(1, image_size=33)(torch.rand(2, 1, 33, 33))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"EQCVT_BACKEND": "cuda", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "EQCVT_BACKEND must be one of 'auto', 'reference', 'native', 'triton', got 'cuda'" in (
+        run.stderr
+    )

@@ -1,0 +1,362 @@
+"""The models: numbers, symmetry, state, files, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import eqcvt
+from eqcvt import CvT, EqCvT, create_model, fast
+from eqcvt.nn import Stage
+
+SMALL = Stage(dim=8, depth=1, heads=2, head_dim=4, mlp_ratio=2)
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (EqCvT, 65_170),
+        (lambda: EqCvT(in_channels=1), 64_810),
+        (lambda: EqCvT(in_channels=1, num_classes=3), 64_875),
+        (CvT, 463_106),
+        (lambda: create_model("cvt_13"), 19_997_096),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(model: object, count: int) -> None:
+    assert _count(model()) == count
+
+
+def test_default_grids_are_the_published_ones() -> None:
+    model = EqCvT(in_channels=1)
+    assert model.token_grids == [((61, 61), (31, 31))]
+    assert model.front(torch.zeros(1, 1, 129, 129)).shape == (1, 10, 121, 121)
+
+
+def _turns(model: EqCvT, x: Tensor) -> list[Tensor]:
+    group = model.group
+    images = [group.act_on_image(x, g) for g in range(group.order) if group.is_exact(g)]
+    return [model(image) for image in images]
+
+
+def _trained_looking(model: torch.nn.Module) -> torch.nn.Module:
+    """Give norms and biases values that are not those of a fresh model."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.dim() == 1:
+            value.copy_(torch.rand_like(value) + (0.5 if "var" in name or "weight" in name else 0))
+    return model
+
+
+@pytest.mark.parametrize("group", ["C4", "D4", "C8", "D8"])
+@pytest.mark.parametrize("training", [False, True])
+def test_exact_model_is_invariant_to_rounding(group: str, training: bool) -> None:
+    model = EqCvT(1, image_size=33, group=group, invariance="exact", dropout=0.0).double()
+    _trained_looking(model).train(training)
+    x = torch.rand(2, 1, 33, 33, dtype=torch.float64)
+    logits = _turns(model, x)
+    for turned in logits[1:]:
+        assert (turned - logits[0]).abs().max() < 1e-12
+
+    model = model.float().eval()
+    logits = _turns(model, x.float())
+    scale = logits[0].abs().max()
+    for turned in logits[1:]:
+        assert (turned - logits[0]).abs().max() < 64 * torch.finfo(torch.float32).eps * scale
+
+
+def test_exact_model_with_more_layers_and_stages_is_invariant_too() -> None:
+    model = EqCvT(
+        2,
+        3,
+        65,
+        "D4",
+        fields=3,
+        invariance="exact",
+        kernel_size=5,
+        lift_depth=2,
+        stages=[SMALL, Stage(dim=12, heads=1, head_dim=8, separate_kv=True, projection_bias=True)],
+        head_hidden=None,
+    )
+    model = _trained_looking(model.double()).eval()
+    logits = _turns(model, torch.rand(1, 2, 65, 65, dtype=torch.float64))
+    assert len(logits) == 8
+    for turned in logits[1:]:
+        assert (turned - logits[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("group", ["C4", "D4"])
+def test_front_turns_with_the_image_while_the_logits_do_not_stay(group: str) -> None:
+    model = EqCvT(1, image_size=33, group=group).double().eval()
+    x = torch.rand(2, 1, 33, 33, dtype=torch.float64)
+    maps = model.front(x)
+    for g in range(model.group.order):
+        turned = model.front(model.group.act_on_image(x, g))
+        torch.testing.assert_close(turned, model.group.act_on_image(maps, g), atol=1e-12, rtol=0)
+    logits = _turns(model, x)
+    assert max((t - logits[0]).abs().max().item() for t in logits[1:]) > 1e-6
+
+
+@pytest.mark.parametrize("size", [33, 37, 41, 65])
+def test_sizes_the_message_recommends_are_exact(size: int) -> None:
+    model = EqCvT(1, image_size=size, invariance="exact").double().eval()
+    logits = _turns(model, torch.rand(1, 1, size, size, dtype=torch.float64))
+    assert max((t - logits[0]).abs().max().item() for t in logits) < 1e-12
+
+
+def test_front_with_strides_warns_only_where_the_front_is_affected() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EqCvT(image_size=130)  # only the tokens are affected
+        EqCvT(image_size=65, lift_stride=2)
+    with pytest.warns(
+        UserWarning, match="image_size=64.*nearest sizes that keep it are 61, 63, 65"
+    ):
+        EqCvT(image_size=64, lift_stride=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_channels": 0}, ValueError, "in_channels must be at least 1, got 0"),
+        ({"in_channels": 1.0}, TypeError, "in_channels must be an integer, got float 1.0"),
+        ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
+        ({"image_size": "129"}, TypeError, "image_size must be an integer, got str '129'"),
+        ({"image_size": 8}, ValueError, "image_size=8 is too small.*the smallest is 9"),
+        ({"group": "C5x"}, ValueError, "group must be one of .*got 'C5x'"),
+        ({"group": "SO2"}, ValueError, "got 'SO2'"),
+        ({"fields": 0}, ValueError, "fields must be at least 1, got 0"),
+        (
+            {"invariance": "exakt"},
+            ValueError,
+            "'front', 'exact', got 'exakt'; did you mean 'exact'",
+        ),
+        ({"kernel_size": 12}, ValueError, "kernel_size must be 3 to 11, got 12; the nearest is 11"),
+        ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
+        ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": "0.1"}, TypeError, "dropout must be a number, got str '0.1'"),
+        ({"blur_sigma": 0.0}, ValueError, "blur_sigma must be positive or None, got 0.0"),
+        ({"mask_sigma": 0.0}, ValueError, "mask_sigma must be positive.*got 0.0 and 1.0"),
+        ({"stages": []}, ValueError, r"stages must be a sequence of at least one Stage, got \[\]"),
+        ({"stages": [{"dims": 8}]}, ValueError, "got 'dims'; did you mean 'dim'"),
+        ({"stages": [{"heads": 8}]}, ValueError, "a stage needs the field 'dim'"),
+        ({"stages": [8]}, TypeError, "a stage is a Stage or a dict, got int 8"),
+        ({"stages": [{"dim": 8, "kernel_size": 4}]}, ValueError, "odd.*got 4; the nearest are 3"),
+        ({"head_hidden": 0}, ValueError, "head_hidden must be at least 1, got 0"),
+        (
+            {"image_size": 130, "invariance": "exact"},
+            ValueError,
+            "130 a strided layer of the network breaks the symmetry of C4.*125, 129, 133",
+        ),
+        ({"lift_depth": 40}, ValueError, "image_size=129 is too small for the steerable front"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        EqCvT(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(2, 3, 33, 33), ValueError, r"takes images \[B, 1, 33, 33\], got \[2, 3, 33"),
+        (torch.zeros(2, 1, 33, 34), ValueError, r"got \[2, 1, 33, 34\]"),
+        (torch.zeros(1, 33, 33), ValueError, r"got \[1, 33, 33\]"),
+        (
+            torch.zeros(2, 1, 33, 33, dtype=torch.uint8),
+            TypeError,
+            "floating point, got torch.uint8",
+        ),
+    ],
+)
+def test_bad_images_are_named(x: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        EqCvT(1, image_size=33)(x)
+
+
+def test_cvt_refuses_images_that_leave_no_tokens() -> None:
+    stages = [Stage(dim=8, embed_kernel=7, embed_stride=4, embed_padding=0)]
+    with pytest.raises(ValueError, match="image_size=5 leaves no tokens for stage 1"):
+        CvT(image_size=5, stages=stages)
+
+
+@pytest.mark.parametrize("name", eqcvt.list_models())
+def test_registered_models_run(name: str) -> None:
+    size = 64 if name == "cvt_13" else 33
+    model = create_model(name, in_channels=1, image_size=size, num_classes=3).eval()
+    x = torch.rand(2, 1, size, size)
+    features = model.forward_features(x)
+    assert features.shape[1] == model.num_features
+    assert torch.equal(model.forward_head(features), model(x))
+    assert model(x).shape == (2, 3)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head.width)
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="got 'eqcvt-c4'; did you mean 'eqcvt_c4'"):
+        create_model("eqcvt-c4")
+
+
+def test_reset_classifier_and_weight_decay_names() -> None:
+    model = EqCvT(1, image_size=33)
+    model.reset_classifier(5)
+    assert model(torch.rand(2, 1, 33, 33)).shape == (2, 5)
+    assert model.config["num_classes"] == model.num_classes == 5
+    assert model.get_classifier().out_features == 5
+    model.reset_classifier(0)
+    assert model(torch.rand(2, 1, 33, 33)).shape == (2, 64)
+    names = model.no_weight_decay()
+    assert {"lift.0.norm.weight", "head.norm.bias", "stages.0.embed.bias"} <= names
+    assert names <= {n for n, _ in model.named_parameters()}
+    assert "lift.0.weight" not in names
+
+
+def test_attention_maps_are_distributions_over_the_key_grid() -> None:
+    model = CvT(image_size=33).eval()
+    maps = model.attention_maps(torch.rand(2, 1, 33, 33))
+    assert len(maps) == 3
+    grids = [model.token_grids[0]] * 2 + [model.token_grids[1]]
+    for weights, (queries, keys) in zip(maps, grids, strict=True):
+        assert weights.shape[2:] == (queries[0] * queries[1], keys[0] * keys[1])
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+
+
+def test_state_dict_keys_are_the_same_in_training_and_evaluation() -> None:
+    model = EqCvT(1, image_size=33, invariance="exact")
+    keys = list(model.train().state_dict())
+    model(torch.rand(2, 1, 33, 33))
+    assert list(model.eval().state_dict()) == keys
+    assert not any(k.endswith(("basis", "mask", "blur", "orbits")) for k in keys)
+
+
+@pytest.mark.parametrize("cls", [EqCvT, CvT])
+def test_fast_model_has_the_same_constructor_state_and_results(cls: type) -> None:
+    kwargs = {"in_channels": 1, "image_size": 33}
+    quick = getattr(fast, cls.__name__)(**kwargs)
+    plain = cls(**kwargs)
+    plain.load_state_dict(quick.state_dict())
+    x = torch.rand(3, 1, 33, 33)
+    for training in (True, False):
+        torch.manual_seed(0)
+        a = quick.train(training)(x)
+        torch.manual_seed(0)
+        b = plain.train(training)(x)
+        torch.testing.assert_close(a, b)
+    assert quick.config == plain.config
+
+
+def test_copies_and_pickles_are_whole() -> None:
+    model = EqCvT(1, image_size=33, invariance="exact").eval()
+    x = torch.rand(1, 1, 33, 33)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_stay_near(dtype: torch.dtype) -> None:
+    model = EqCvT(1, image_size=33).eval()
+    x = torch.rand(2, 1, 33, 33)
+    exact = copy.deepcopy(model).double()(x.double())
+    y = model.to(dtype)(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.double() - exact).abs().max() < 50 * torch.finfo(dtype).eps + 1e-6
+
+
+def test_autocast_keeps_statistics_in_float32() -> None:
+    model = EqCvT(1, image_size=33)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(4, 1, 33, 33)).float().sum().backward()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            assert buffer.dtype == torch.float32
+            assert torch.isfinite(buffer).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model", [EqCvT, CvT])
+def test_models_compile_without_graph_breaks_and_export(model: type) -> None:
+    instance = model(in_channels=1, image_size=33).eval()
+    x = torch.rand(2, 1, 33, 33)
+    compiled = torch.compile(instance, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(x), instance(x))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(instance, (x,), dynamic_shapes=({0: batch},))
+    other = torch.rand(5, 1, 33, 33)
+    torch.testing.assert_close(program.module()(other), instance(other))
+
+
+def test_saved_models_load_again(tmp_path: Path) -> None:
+    x = torch.rand(2, 1, 33, 33)
+    for model in (
+        EqCvT(1, 3, 33, "D4", invariance="exact", stages=[SMALL]).eval(),
+        CvT(1, image_size=33).eval(),
+    ):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+        for loaded in (type(model).from_pretrained(folder), eqcvt.load_model(folder)):
+            assert not loaded.training
+            assert loaded.config == model.config
+            assert torch.equal(loaded(x), model(x))
+        quick = getattr(fast, type(model).__name__).from_pretrained(folder)
+        torch.testing.assert_close(quick(x), model(x))
+
+
+def _damage(folder: Path, what: str) -> None:
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    content = json.loads(config.read_text())
+    if what == "no config":
+        config.unlink()
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif what == "not json":
+        config.write_text("{")
+    elif what == "no architecture":
+        config.write_text("{}")
+    elif what == "other architecture":
+        config.write_text(json.dumps({**content, "architecture": "EqCvt"}))
+    elif what == "unknown argument":
+        config.write_text(json.dumps({**content, "field": 10}))
+    elif what == "other size":
+        config.write_text(json.dumps({**content, "fields": 12}))
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("no config", FileNotFoundError, "model is not a saved model: it has no config.json"),
+        ("no weights", FileNotFoundError, "it has no model.safetensors"),
+        ("truncated", ValueError, "model.safetensors is not a whole safetensors file"),
+        ("not json", ValueError, "config.json is not valid JSON"),
+        ("no architecture", ValueError, "config.json is not a model configuration"),
+        ("other architecture", ValueError, "'EqCvt'; did you mean 'EqCvT'"),
+        ("unknown argument", ValueError, "does not fit EqCvT of this version.*'field'"),
+        ("other size", ValueError, "does not fit EqCvT of this version.*size mismatch"),
+    ],
+)
+def test_damaged_folders_are_named(
+    tmp_path: Path, what: str, error: type[Exception], message: str
+) -> None:
+    EqCvT(1, image_size=33).save_pretrained(tmp_path / "model")
+    _damage(tmp_path / "model", what)
+    with pytest.raises(error, match=f"(?s){message}"):
+        eqcvt.load_model(tmp_path / "model")
+
+
+def test_the_wrong_class_is_named(tmp_path: Path) -> None:
+    CvT(1, image_size=33).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the architecture CvT, not EqCvT; eqcvt\.load_model"):
+        EqCvT.from_pretrained(tmp_path)
