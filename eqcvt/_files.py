@@ -38,11 +38,9 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         yield new
         if path.exists():
             os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
+        os.replace(new, path)
     finally:
+        # Whatever came between the two renames, an interrupt included, the older folder returns.
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(outer, ignore_errors=True)

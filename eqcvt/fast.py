@@ -1,7 +1,7 @@
 """The fast models: the same constructors, state dicts and results as :mod:`eqcvt`'s.
 
-``from eqcvt.fast import EqCvT`` is the swap. Each op takes the fastest backend that this version has
-for its device (``eqcvt doctor`` prints which, and why not another), or the one that
+``from eqcvt.fast import EqCvT`` is the swap. Each op takes the fastest backend this version has for
+its device (``eqcvt doctor`` prints which, and why not another), or the one that
 :func:`eqcvt.use_backend` asks for.
 """
 

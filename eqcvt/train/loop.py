@@ -1,0 +1,374 @@
+"""The training loop: epochs, validation, checkpoints, stopping and going on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from eqcvt._files import replacing
+from eqcvt.data import Augment, Batches, LensingImages
+from eqcvt.train import checkpoint
+from eqcvt.train.checkpoint import Progress, State
+from eqcvt.train.config import TrainConfig
+from eqcvt.train.distributed import Process, processes
+from eqcvt.train.evaluate import model_input, predict_logits
+from eqcvt.train.metrics import mean_auc
+from eqcvt.train.report import Reporter
+from eqcvt.train.schedule import learning_rate
+from eqcvt.train.setup import load_data, make_average, make_model, make_optimizer, writer
+
+CONFIG, METRICS, BEST, LAST, TENSORBOARD = (
+    "config.toml",
+    "metrics.json",
+    "best",
+    "last",
+    "tensorboard",
+)
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run reached.
+
+    Args:
+        best_accuracy: validation accuracy of the epoch ``best_epoch``, whose model is in ``best/``.
+        last_accuracy: that of the last epoch, whose model is in ``last/``.
+        best_epoch: counted from 1.
+        folder: the run folder.
+        history: the rows of ``metrics.json``.
+        stopped_early: whether ``early_stopping`` ended it.
+    """
+
+    best_accuracy: float
+    last_accuracy: float
+    best_epoch: int
+    folder: Path
+    history: list[dict[str, Any]]
+    stopped_early: bool
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+) -> TrainResult:
+    """Train a model; under torchrun, together with the other processes.
+
+    The run folder gets ``config.toml``, ``metrics.json`` (one row per epoch), ``best/`` and
+    ``last/`` after every epoch, each written whole or not at all. The best epoch is the one with
+    the highest validation accuracy, and among equal ones with the lowest validation loss.
+
+    Args:
+        config: the settings.
+        resume: go on after the last finished epoch in ``config.out``; on the CPU the result is
+            bit for bit that of an unbroken run. Settings that would change the finished epochs
+            must be the same; ``epochs`` may grow with the schedules ``step`` and ``constant``.
+        overwrite: start afresh, removing an earlier run from ``config.out``.
+        quiet: print nothing.
+
+    Returns:
+        The accuracies, the run folder and the history.
+
+    Raises:
+        FileExistsError: when ``config.out`` holds a run and neither flag is given.
+        FileNotFoundError, ValueError: for data, model or checkpoint that cannot be used.
+        FloatingPointError: when the loss is NaN or infinite.
+        KeyboardInterrupt: after Ctrl-C, saying how to go on.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    with processes(config.device) as process, _numerics(config, process):
+        _claim(Path(config.out), process, resume=resume, overwrite=overwrite)
+        run = _Run(config, process, resume=resume, quiet=quiet)
+        try:
+            return run.epochs()
+        except KeyboardInterrupt:
+            message = run.interrupted()
+            raise KeyboardInterrupt(message) from None
+
+
+class _Run:
+    """One training run: its data, its state, and the steps on them."""
+
+    def __init__(self, config: TrainConfig, process: Process, *, resume: bool, quiet: bool) -> None:
+        self.config, self.process, self.folder = config, process, Path(config.out)
+        amp = config.amp
+        if amp == "fp16" and process.device.type == "cpu":
+            raise ValueError("amp='fp16' needs a GPU; on the CPU use amp='bf16' or amp='off'")
+        data, self.validation = load_data(config)
+        self.batches = _batches(config, process, data)
+        self.labels = torch.from_numpy(self.validation.labels).long()
+        rows = np.arange(process.rank, len(self.validation), process.world_size)
+        self.share, self.rows = self.validation.subset(rows), torch.from_numpy(rows)
+        torch.manual_seed(config.seed)
+        model = make_model(config, data).to(process.device)
+        average = make_average(model, config.ema)
+        self.state = State(
+            model=model,
+            optimizer=make_optimizer(model, config),
+            scaler=torch.amp.GradScaler(process.device.type, enabled=amp == "fp16"),
+            average=average,
+            progress=Progress(data=_fingerprint(data, self.validation)),
+        )
+        self.augment = Augment(config.augment, supersample=config.supersample)
+        if resume:
+            checkpoint.load(self.folder / LAST, self.state, config)
+        self._wrap()
+        self.reporter = Reporter(
+            shown=process.first and not quiet,
+            steps=config.epochs * len(self.batches),
+            done=self.state.progress.epoch * len(self.batches),
+            batch_size=config.batch_size,
+        )
+        process.wait()
+        logged = config.tensorboard and process.first
+        self.writer = writer(self.folder / TENSORBOARD) if logged else None
+        if process.first:
+            config.save(self.folder / CONFIG)
+            self._write_metrics()
+            if not resume:
+                checkpoint.save(self.folder / LAST, self.state, config)
+        self.saved_epoch = self.state.progress.epoch
+
+    def _wrap(self) -> None:
+        """Make ``self.net``, which a training step calls: parallel and compiled if asked."""
+        if self.config.sync_batch_norm and self.process.world_size > 1:
+            from eqcvt.nn import set_sync_batch_norm
+
+            set_sync_batch_norm(self.state.model, torch.distributed.group.WORLD)
+        self.net: Any = self.process.wrap(self.state.model)
+        if self.config.compile:
+            self.net = torch.compile(self.net)
+
+    def epochs(self) -> TrainResult:
+        """Train until the last epoch, or until validation no longer improves."""
+        progress, config = self.state.progress, self.config
+        with self.reporter:
+            while progress.epoch < config.epochs and not self._stale():
+                self.reporter.start_epoch(progress.epoch + 1, config.epochs)
+                self._epoch()
+        if self._stale() and progress.epoch < config.epochs:
+            self.reporter.say(
+                f"stopped early: no better validation result since epoch {progress.best_epoch}"
+            )
+        if self.writer is not None:
+            self.writer.close()
+        return TrainResult(
+            best_accuracy=progress.best_accuracy,
+            last_accuracy=progress.history[-1]["val_accuracy"],
+            best_epoch=progress.best_epoch,
+            folder=self.folder,
+            history=progress.history,
+            stopped_early=progress.epoch < config.epochs,
+        )
+
+    def interrupted(self) -> str:
+        """Say where the state is and how to go on."""
+        done = self.saved_epoch
+        text = (
+            f"interrupted in epoch {done + 1}; the state after epoch {done} is in "
+            f"{self.folder / LAST}. Go on with: eqcvt train --config {self.folder / CONFIG} "
+            "--resume, or train(config, resume=True)"
+        )
+        self.reporter.say(text)
+        return text
+
+    def _stale(self) -> bool:
+        patience, progress = self.config.early_stopping, self.state.progress
+        return 0 < patience <= progress.epoch - progress.best_epoch
+
+    def _epoch(self) -> None:
+        """Train and validate once, then write everything down."""
+        start, progress, process = time.perf_counter(), self.state.progress, self.process
+        train_loss, lr = self._train()
+        trained = time.perf_counter() - start
+        logits = self._validate()
+        val_loss = float(F.cross_entropy(logits.double(), self.labels))
+        if not math.isfinite(val_loss):
+            raise self._not_finite("validation loss", val_loss, "")
+        accuracy = float((logits.argmax(1) == self.labels).double().mean())
+        row = {
+            "epoch": progress.epoch + 1,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_accuracy": accuracy,
+            "val_auc": mean_auc(logits, self.labels),
+            "lr": lr,
+            "images_per_second": len(self.batches) * self.config.batch_size / trained,
+            "seconds": time.perf_counter() - start,
+        }
+        progress.epoch += 1
+        progress.history.append(row)
+        best = progress.improves(accuracy, val_loss)
+        if best:
+            progress.best_epoch = progress.epoch
+            progress.best_accuracy, progress.best_loss = accuracy, val_loss
+        if process.first:
+            if best:
+                checkpoint.save_model(self.folder / BEST, self.state.validated)
+            checkpoint.save(self.folder / LAST, self.state, self.config)
+            self._write_metrics()
+            self._log(row)
+        self.saved_epoch = progress.epoch
+        self.reporter.end_epoch(row, self.config.epochs, best=best)
+
+    def _train(self) -> tuple[float, float]:
+        """One pass over the training images; the mean loss and the last learning rate."""
+        config, state, device = self.config, self.state, self.process.device
+        checkpoint.seed_epoch(config.seed, state.progress.epoch, self.process.rank)
+        self.batches.set_epoch(state.progress.epoch)
+        state.model.train()
+        steps = len(self.batches)
+        # Both stay on the device: reading them at every step would wait for it.
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        bad_step = torch.full((), steps, device=device)
+        lr = 0.0
+        for step, (images, labels) in enumerate(self.batches):
+            lr = learning_rate(config, state.progress.epoch * steps + step, steps)
+            loss = self._step(images, labels, lr)
+            total += loss
+            bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=step))
+            self.reporter.step(loss)
+        mean = float(self.process.sum(total)) / (steps * self.process.world_size)
+        if not math.isfinite(mean):
+            where = f" at step {int(bad_step) + 1} of {steps}" if int(bad_step) < steps else ""
+            raise self._not_finite("training loss", mean, where)
+        return mean, lr
+
+    def _step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+        """One optimiser step; returns the loss of this process's images, detached."""
+        config, state = self.config, self.state
+        with torch.no_grad():
+            x = self.augment(model_input(state.model, images))
+        with torch.autocast(
+            x.device.type, dtype=AMP_DTYPES[config.amp], enabled=config.amp != "off"
+        ):
+            loss = F.cross_entropy(self.net(x), labels, label_smoothing=config.label_smoothing)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(state.scaler.scale(loss))
+        if config.clip:
+            state.scaler.unscale_(state.optimizer)
+            clip_grad_norm_(state.model.parameters(), config.clip)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        return loss.detach()
+
+    def _validate(self) -> Tensor:
+        """The logits of all validation images, [N, K] on the CPU; each process makes its share."""
+        self.process.broadcast_buffers(self.state.model)
+        if self.state.average is not None:
+            self.process.broadcast_buffers(self.state.average.module)
+        device = self.process.device
+        shape = (len(self.validation), len(self.validation.classes))
+        logits = torch.zeros(shape, dtype=torch.float64, device=device)
+        if len(self.share):
+            share = predict_logits(
+                self.state.validated, self.share, device=device, batch_size=self.config.batch_size
+            )
+            logits[self.rows.to(device)] = share.to(device, torch.float64)
+        return self.process.sum(logits).cpu()
+
+    def _not_finite(self, what: str, value: float, where: str) -> FloatingPointError:
+        done = self.state.progress.epoch
+        return FloatingPointError(
+            f"the {what} became {value}{where} in epoch {done + 1}. The state after epoch {done} "
+            f"is in {self.folder / LAST}. Try a lower lr (now {self.config.lr:g}), clip=1, a "
+            f"longer warm-up or amp='off' (now {self.config.amp!r})"
+        )
+
+    def _write_metrics(self) -> None:
+        with replacing(self.folder / METRICS) as new:
+            new.write_text(json.dumps(self.state.progress.history, indent=1), encoding="utf-8")
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            for key, value in row.items():
+                if key != "epoch" and value is not None:
+                    self.writer.add_scalar(key, value, row["epoch"])
+            self.writer.flush()
+
+
+def _batches(config: TrainConfig, process: Process, data: LensingImages) -> Batches:
+    """The training batches of this process; images that do not fill a batch wait an epoch."""
+    world = process.world_size
+    if config.batch_size // world < 2 and not config.sync_batch_norm:
+        raise ValueError(
+            f"batch_size {config.batch_size} leaves one image to each of {world} processes, too "
+            "few for batch norm: use a larger batch or sync_batch_norm"
+        )
+    return Batches(
+        data,
+        config.batch_size,
+        device=process.device,
+        shuffle=True,
+        seed=config.seed,
+        rank=process.rank,
+        world_size=world,
+        drop_last=True,
+    )
+
+
+def _claim(folder: Path, process: Process, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or remove that run; nothing else there is touched."""
+    ours = [folder / name for name in (CONFIG, METRICS, BEST, LAST, TENSORBOARD)]
+    present = [path for path in ours if path.exists()]
+    # Every process looks before the first one changes anything.
+    process.wait()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"the run folder {folder} is a file")
+    if resume or not present:
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds a run ({', '.join(p.name for p in present)}): choose another "
+            "folder (out), go on with it (resume) or replace it (overwrite)"
+        )
+    if process.first:
+        for path in present:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    process.wait()
+
+
+@contextmanager
+def _numerics(config: TrainConfig, process: Process) -> Iterator[None]:
+    """Switch deterministic operations on if asked; put that and torch's seeds back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    devices = [process.device] if process.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if config.deterministic:
+            # cuBLAS reads it when it starts; without it torch refuses matrix products on a GPU.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def _fingerprint(*sets: LensingImages) -> str:
+    """A hash of images, labels and class names, to know the data again when a run goes on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for data in sets:
+        digest.update(repr((data.images.shape, str(data.images.dtype), data.classes)).encode())
+        digest.update(np.ascontiguousarray(data.images).data)
+        digest.update(np.ascontiguousarray(data.labels).data)
+    return digest.hexdigest()

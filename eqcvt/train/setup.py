@@ -1,0 +1,104 @@
+"""What a run is made of: data, model, averaged model, optimizer, TensorBoard writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from eqcvt.data import LensingImages, load, split
+from eqcvt.models import create_model
+from eqcvt.models._base import VisionModel
+from eqcvt.train.config import SPLIT_SEED, TrainConfig
+
+SPLITS = ("train", "val")
+
+
+def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
+    """Training and validation images.
+
+    Raises:
+        FileNotFoundError, ValueError: from reading, or when the two sets do not fit each other.
+    """
+    root = Path(config.data)
+    if config.val_data is not None:
+        data, held_out = load(config.data), load(config.val_data)
+    elif all((root / part).exists() or (root / f"{part}.npz").exists() for part in SPLITS):
+        data, held_out = load(root, "train"), load(root, "val")
+    else:
+        data, held_out = split(load(config.data), config.val_fraction, SPLIT_SEED)
+    for name, part in (("training", data), ("validation", held_out)):
+        if len(part) == 0:
+            raise ValueError(f"there are no {name} images (data={config.data!r})")
+    for what in ("classes", "channels", "size"):
+        ours, theirs = getattr(data, what), getattr(held_out, what)
+        if ours != theirs:
+            raise ValueError(
+                f"training and validation images differ in {what}: {ours} and {theirs}"
+            )
+    return data, held_out
+
+
+def make_model(config: TrainConfig, data: LensingImages) -> VisionModel:
+    """The model of the configuration, with channels, size and classes of the data.
+
+    Raises:
+        TypeError, ValueError: when ``model_kwargs`` do not fit the model or contradict the data.
+    """
+    height, width = data.size
+    if height != width:
+        raise ValueError(f"the models take square images, got {height}x{width} pixels")
+    known = {
+        "in_channels": data.channels,
+        "num_classes": len(data.classes),
+        "image_size": height,
+    }
+    for key, value in known.items():
+        if config.model_kwargs.get(key, value) != value:
+            raise ValueError(
+                f"model_kwargs says {key}={config.model_kwargs[key]!r}, the data has {value!r}"
+            )
+    return create_model(config.model, **{**config.model_kwargs, **known})
+
+
+def make_average(model: VisionModel, decay: float) -> AveragedModel | None:
+    """A copy of the model that follows it as an exponential moving average; None for decay 0.
+
+    The running statistics of batch norms are averaged as the weights are: copied from the model
+    they would belong to other weights than the ones they normalise for.
+    """
+    if not decay:
+        return None
+    follow = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+
+
+def make_optimizer(model: VisionModel, config: TrainConfig) -> Optimizer:
+    """Adam with L2 on every weight, or AdamW without decay for ``model.no_weight_decay()``."""
+    if config.optimizer == "adam":
+        return Adam(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
+    spared = model.no_weight_decay()
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if name not in spared]},
+        {"params": [p for name, p in named if name in spared], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay)
+
+
+def writer(folder: Path) -> Any:
+    """A TensorBoard writer.
+
+    Raises:
+        ImportError: naming the extra to install.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'tensorboard=True needs TensorBoard: pip install "eqcvt[tensorboard]"'
+        ) from error
+    return SummaryWriter(str(folder))

@@ -1,0 +1,5 @@
+"""The build's hook for the native extension; everything else about the package is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,63 @@
+"""Files and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from eqcvt import _files
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with _files.replacing(path) as new:
+        new.write_text("old")
+
+    def interrupted() -> None:
+        with _files.replacing(path) as new:
+            new.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert _names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for content in ("first", "second"):
+        with _files.replacing_folder(folder) as new:
+            (new / content).write_text(content)
+    assert _names(folder) == ["second"]
+    assert _names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_interrupt_between_the_renames_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    folder = tmp_path / "run"
+    with _files.replacing_folder(folder) as new:
+        (new / "old").write_text("")
+    calls = 0
+    rename = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), _files.replacing_folder(folder) as new:
+        (new / "new").write_text("")
+    assert _names(folder) == ["old"]
+    assert _names(tmp_path) == ["run"]
