@@ -70,10 +70,13 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
     Attributes:
         config: the constructor's arguments and the class name under ``"architecture"``, as JSON.
+        conversion_residual: for a converted model the relative residual of the filters in this
+            package's basis; None otherwise.
         token_grids: for each stage the grid of its queries and of its keys, ``((H, W), (H, W))``.
     """
 
     default_backend: ClassVar[str | None] = "reference"
+    conversion_residual: float | None = None
     config: dict[str, Any]
     token_grids: list[tuple[tuple[int, int], tuple[int, int]]]
     stages: nn.ModuleList

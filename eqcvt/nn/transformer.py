@@ -25,7 +25,7 @@ class Stage:
         embed_kernel: filter size of the token embedding in pixels.
         embed_stride: its step.
         embed_padding: zeros it adds on each side; None for ``embed_kernel // 2``.
-        mlp_ratio: hidden channels of the MLP over ``dim``.
+        mlp_ratio: hidden channels of the MLP over ``dim``, rounded to a whole number of channels.
         kernel_size: filter size of the depthwise projections, odd.
         kv_stride: step of the key and value projections.
         separate_kv: whether keys and values have a depthwise filter each (the original CvT).
@@ -58,7 +58,10 @@ class Stage:
         if self.embed_padding is not None:
             _check.integer("stage embed_padding", self.embed_padding, 0)
         if not self.mlp_ratio * self.dim >= 1:
-            raise ValueError(f"stage mlp_ratio must be positive, got {self.mlp_ratio}")
+            raise ValueError(
+                f"stage mlp_ratio must leave a hidden channel of dim={self.dim}, "
+                f"got {self.mlp_ratio}"
+            )
 
     @staticmethod
     def of(stage: Stage | dict[str, object]) -> Stage:
@@ -73,6 +76,11 @@ class Stage:
         if "dim" not in stage:
             raise ValueError(f"a stage needs the field 'dim', got {sorted(stage)}")
         return Stage(**stage)  # type: ignore[arg-type]
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        return round(self.mlp_ratio * self.dim)
 
     @property
     def padding(self) -> int:
@@ -215,8 +223,8 @@ class MlpBlock(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.norm = LayerNorm(stage.dim)
-        self.fc1 = nn.Linear(stage.dim, int(stage.mlp_ratio * stage.dim))
-        self.fc2 = nn.Linear(int(stage.mlp_ratio * stage.dim), stage.dim)
+        self.fc1 = nn.Linear(stage.dim, stage.hidden)
+        self.fc2 = nn.Linear(stage.hidden, stage.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``[B, D, H, W]`` to tokens, the residual included."""

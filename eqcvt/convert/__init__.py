@@ -1,0 +1,129 @@
+"""Weights from and to escnn models of the published layout, and from published e2cnn state dicts.
+
+The published models are a steerable front of e2cnn or escnn modules (``block1``, ``pool1``,
+``gpool``) and a CvT (``layers``); a state dict of theirs does not say which model it belongs to, so
+everything is read from its keys and shapes. Coefficients of different steerable bases are related
+by the filters they expand to: with the stored filter :math:`F` and our basis :math:`\\psi_b`, the
+weights are the least-squares solution of :math:`F = \\sum_b w_b \\psi_b`, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from eqcvt.convert.author import AuthorModel, export_model, live_settings
+from eqcvt.convert.build import Settings, build_model
+from eqcvt.convert.files import read_state
+from eqcvt.convert.layout import read_layout
+from eqcvt.models import CvT, EqCvT
+from eqcvt.models._base import VisionModel
+
+__all__ = ["AuthorModel", "from_escnn", "load_published", "to_escnn"]
+
+
+def load_published(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    heads: int | Sequence[int] | None = None,
+    head_dim: int | None = None,
+    embed_stride: int | Sequence[int] | None = None,
+    kv_stride: int | Sequence[int] = 2,
+    dropout: float = 0.1,
+) -> EqCvT | CvT:
+    """Return the model that a published state dict holds, in evaluation mode.
+
+    Keys and shapes tell the architecture and its sizes; the arguments are what they do not tell,
+    with the published models' values as defaults. Strides and heads are one number or one for each
+    stage.
+
+    Args:
+        path: file written by ``torch.save`` of a state dict (alone or under ``"state_dict"`` or
+            ``"model"``), or a ``.safetensors`` file of the same keys. Nothing is unpickled.
+        image_size: height and width of the images; None for 129 (EqCvT's is read from its mask).
+        heads: attention heads; None for the number that makes each ``head_dim`` wide.
+        head_dim: channels of a head; None for 64.
+        embed_stride: step of the token embedding; None for 4 in the first stage of a CvT, else 2.
+        kv_stride: step of the key and value projections.
+        dropout: dropout probability, which matters only if the model is trained further.
+
+    Returns:
+        The model; its ``conversion_residual`` (float) is the norm of what our basis cannot express
+        of the stored filters over their norm, 0 for a CvT.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no state dict of such a model (unknown, missing and misshapen
+            entries are named), or its filters, mask or blur are outside of what the model has.
+
+    Warns:
+        UserWarning: if the stored filters are not those of the stored weights; the filters win.
+    """
+    source = str(path)
+    state = read_state(Path(path))
+    settings = Settings(
+        image_size=image_size,
+        heads=heads,
+        head_dim=head_dim,
+        embed_stride=embed_stride,
+        kv_stride=kv_stride,
+        dropout=dropout,
+    )
+    model = build_model(state, read_layout(state, source), settings, source)
+    return model.eval()
+
+
+def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | CvT:
+    """Return our model with the weights and statistics of a live model of the published layout.
+
+    Args:
+        module: the model, made of e2cnn or escnn modules or by :func:`to_escnn`.
+        image_size: height and width of a CvT's images; None for the module's ``image_size``
+            attribute, or 129. EqCvT's is its mask's.
+
+    Returns:
+        A float32 model on the module's device and in its mode (train or eval), with
+        ``conversion_residual`` as :func:`load_published` gives it.
+
+    Raises:
+        TypeError: if ``module`` is not a module.
+        ValueError: if its layout or one of its settings has no counterpart here.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"from_escnn takes a torch module, got {type(module).__name__}")
+    source = type(module).__name__
+    tensors = module.state_dict()
+    state = {key: value.detach().cpu() for key, value in tensors.items()}
+    if module.training:
+        # In training the modules expand their weights anew, and the stored filter is not theirs.
+        state.pop("block1.1.filter", None)
+    layout = read_layout(state, source)
+    settings = live_settings(module, layout, image_size, source)
+    model = build_model(state, layout, settings, source)
+    return model.to(next(iter(tensors.values())).device).train(module.training)
+
+
+def to_escnn(model: VisionModel) -> AuthorModel:
+    """Return a model of the published layout, with escnn's modules in front, of the same weights.
+
+    It takes images ``[B, C, H, W]`` and has the published models' keys; a CvT becomes a model of
+    torch's modules alone and needs no escnn.
+
+    Args:
+        model: an EqCvT (any C_n or D_n, ``invariance="front"``, ``lift_depth=1``) or a CvT with
+            shared key and value filters.
+
+    Returns:
+        The model, of the same dtype, device and mode (train or eval).
+
+    Raises:
+        TypeError: if ``model`` is neither.
+        ValueError: if the published layout has no place for one of its settings.
+        ImportError: if escnn cannot be imported.
+    """
+    if not isinstance(model, VisionModel):
+        raise TypeError(f"to_escnn takes an eqcvt EqCvT or CvT, got {type(model).__name__}")
+    return export_model(model)

@@ -1,0 +1,660 @@
+"""Conversion of published state dicts and live models: every key, every size, every error."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from eqcvt import CvT, EqCvT, load_model
+from eqcvt.convert import from_escnn, load_published, to_escnn
+from eqcvt.groups import Group, lifting_basis
+from eqcvt.nn import Stage
+from eqcvt.ops import blur_kernel, circular_mask
+
+State = dict[str, Tensor]
+needs_escnn = pytest.mark.needs("escnn")
+SAMPLED = "block1.1._basisexpansion.block_expansion_('irrep_0', 'regular').sampled_basis"
+SMALL: dict[str, Any] = {"image_size": 33, "fields": 3}
+SMALL_STAGES = [
+    Stage(8, 1, 2, 4, mlp_ratio=27 / 8),
+    # 15 hidden channels of 11, a quotient that rounds down so that 15 / 11 * 11 gives 14.
+    Stage(11, 2, 1, 8, 5, 1, mlp_ratio=15 / 11, kernel_size=5, kv_stride=1),
+]
+
+
+def norm(state: State, name: str, size: int) -> None:
+    """Add a batch norm that has seen data."""
+    state[f"{name}.weight"] = torch.rand(size) + 0.5
+    state[f"{name}.bias"] = torch.randn(size) * 0.2
+    state[f"{name}.running_mean"] = torch.randn(size) * 0.2
+    state[f"{name}.running_var"] = torch.rand(size) + 0.5
+    state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+
+def filled(state: State, shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        fan_in = max(1, torch.Size(shape[1:]).numel())
+        state[name] = torch.randn(shape) * fan_in**-0.5
+
+
+def stage_state(
+    s: int, in_channels: int, kernel: int, dim: int, heads: int, depth: int, ratio: int
+) -> State:
+    """Return the entries of one stage, names and shapes as the author's state dicts have them."""
+    state: State = {}
+    filled(state, {f"layers.{s}.0.weight": (dim, in_channels, kernel, kernel)})
+    width, column = 64 * heads, (1, dim, 1, 1)
+    filled(state, {f"layers.{s}.0.bias": (dim,), f"layers.{s}.1.g": column})
+    filled(state, {f"layers.{s}.1.b": column})
+    for i in range(depth):
+        p = f"layers.{s}.2.layers.{i}"
+        filled(state, {f"{p}.0.norm.g": column, f"{p}.0.norm.b": column})
+        filled(state, {f"{p}.0.fn.to_q.net.0.weight": (dim, 1, 3, 3)})
+        norm(state, f"{p}.0.fn.to_q.net.1", dim)
+        filled(state, {f"{p}.0.fn.to_q.net.2.weight": (width, dim, 1, 1)})
+        filled(state, {f"{p}.0.fn.to_kv.net.0.weight": (dim, 1, 3, 3)})
+        norm(state, f"{p}.0.fn.to_kv.net.1", dim)
+        filled(state, {f"{p}.0.fn.to_kv.net.2.weight": (2 * width, dim, 1, 1)})
+        filled(state, {f"{p}.0.fn.to_out.0.weight": (dim, width, 1, 1)})
+        filled(state, {f"{p}.0.fn.to_out.0.bias": (dim,)})
+        filled(state, {f"{p}.1.norm.g": column, f"{p}.1.norm.b": column})
+        filled(state, {f"{p}.1.fn.net.0.weight": (ratio * dim, dim, 1, 1)})
+        filled(state, {f"{p}.1.fn.net.0.bias": (ratio * dim,)})
+        filled(state, {f"{p}.1.fn.net.3.weight": (dim, ratio * dim, 1, 1)})
+        filled(state, {f"{p}.1.fn.net.3.bias": (dim,)})
+    return state
+
+
+def head_state(first: int, dim: int, hidden: int, classes: int) -> State:
+    state: State = {}
+    filled(state, {f"layers.{first}.weight": (hidden, dim), f"layers.{first}.bias": (hidden,)})
+    norm(state, f"layers.{first + 1}", hidden)
+    filled(state, {f"layers.{first + 3}.weight": (classes, hidden)})
+    filled(state, {f"layers.{first + 3}.bias": (classes,)})
+    return state
+
+
+def published_eqcvt(channels: int = 1, size: int = 129, *, shuffled: bool = False) -> State:
+    """Return a state dict with the keys and shapes of the author's EqCvT.
+
+    With ``shuffled`` the stored basis has other signs and another order than ours, as e2cnn's has.
+    """
+    basis = lifting_basis("C4", 7)
+    if shuffled:
+        signs = torch.randint(0, 2, (18, 1, 1, 1)) * 2 - 1
+        basis = (basis * signs)[torch.randperm(18)]
+    weights = torch.randn(10, channels, 18) * (18 * channels) ** -0.5
+    bank = torch.einsum("fcb,bgij->fgcij", weights.double(), basis)
+    state = {
+        "block1.0.mask": circular_mask(size).float()[None, None],
+        "block1.1.weights": weights.flatten(),
+        "block1.1.filter": bank.reshape(40, channels, 7, 7).float(),
+        SAMPLED: basis.reshape(18, 4, 1, 49).float(),
+        "block1.1._basisexpansion.in_indices_('irrep_0', 'regular')": torch.tensor([0, 1, 1]),
+        "block1.1._basisexpansion.out_indices_('irrep_0', 'regular')": torch.tensor([0, 40, 40]),
+        "block1.2.indices_4": torch.tensor([0, 40]),
+    }
+    norm(state, "block1.2.batch_norm_[4]", 10)
+    state["pool1.filter"] = blur_kernel(0.66).float().expand(40, 1, 5, 5).clone()
+    state["gpool.in_indices_4"] = torch.tensor([0, 40])
+    state["gpool.out_indices_4"] = torch.tensor([0, 10])
+    return {**state, **stage_state(0, 10, 3, 32, 3, 2, 2), **head_state(3, 32, 64, 2)}
+
+
+def published_cvt() -> State:
+    """Return a state dict with the keys and shapes of the author's two-stage CvT."""
+    first = stage_state(0, 1, 7, 64, 2, 2, 4)
+    return {**first, **stage_state(1, 64, 3, 128, 3, 1, 4), **head_state(4, 128, 128, 2)}
+
+
+def saved(state: object, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Give every entry of a model values of its own, statistics included."""
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 2)
+        elif value.is_floating_point() and value.dim() < 2:
+            value.add_(torch.randn_like(value) * 0.2)
+        elif not value.is_floating_point():
+            value.fill_(7)
+    return model
+
+
+@torch.no_grad()
+def difference(a: nn.Module, b: nn.Module, channels: int, size: int) -> float:
+    x = torch.rand(2, channels, size, size)
+    return float((a(x) - b(x)).abs().max())
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> float:
+    """Return the largest difference of two models' entries, which must have the same names."""
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    return max(float((left[k].double() - right[k].double()).abs().max()) for k in left)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(("channels", "parameters"), [(1, 64_810), (3, 65_170)])
+def test_published_eqcvt_is_recognised(
+    tmp_path: Path, channels: int, parameters: int, shuffled: bool
+) -> None:
+    state = published_eqcvt(channels, shuffled=shuffled)
+    model: Any = load_published(saved(state, tmp_path / "best.pt"))
+    assert not model.training
+    assert model.config == EqCvT(in_channels=channels).config
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert isinstance(model.conversion_residual, float)
+    assert model.conversion_residual < 1e-6
+    lift = model.lift[0]
+    torch.testing.assert_close(
+        lift.bank().flatten(0, 1), state["block1.1.filter"], atol=1e-6, rtol=0
+    )
+    assert lift.norm.num_batches_tracked == 7
+    kv = state["layers.0.2.layers.1.0.fn.to_kv.net.2.weight"]
+    attention = model.stages[0].blocks[1].attention
+    assert torch.equal(attention.k.weight, kv[:192, :, 0, 0])
+    assert torch.equal(attention.v.weight, kv[192:, :, 0, 0])
+    assert isinstance(model, EqCvT)
+
+
+@needs_escnn
+@pytest.mark.parametrize(("channels", "size"), [(1, 129), (3, 41)])
+def test_published_eqcvt_has_the_logits_of_the_escnn_model(
+    tmp_path: Path, channels: int, size: int
+) -> None:
+    state = published_eqcvt(channels, size, shuffled=True)
+    model: Any = load_published(saved(state, tmp_path / "best.pt"))
+    # The state dict's own basis and filter replace what the escnn modules made.
+    author: Any = to_escnn(EqCvT(channels, image_size=size).eval())
+    assert author.load_state_dict(state, strict=False).missing_keys == []
+    assert difference(model, author, channels, size) < 1e-5
+    author.train().eval()  # the filter is now expanded from the weights in the stored basis
+    assert difference(model, author, channels, size) < 1e-5
+
+
+def test_published_cvt_is_recognised_and_has_its_logits(tmp_path: Path) -> None:
+    state = published_cvt()
+    model: Any = load_published(saved(state, tmp_path / "cvt.pth"))
+    assert isinstance(model, CvT)
+    assert not model.training
+    assert model.config == CvT().config
+    assert model.conversion_residual == 0
+    author: Any = to_escnn(CvT(image_size=65).eval())
+    author.load_state_dict(state)
+    small = load_published(tmp_path / "cvt.pth", image_size=65)
+    assert small.config["image_size"] == 65
+    assert difference(small, author, 1, 65) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        lambda state: {k.replace("pool1.", "pool1.0."): v for k, v in state.items()},
+        lambda state: {k: v.double() if v.is_floating_point() else v for k, v in state.items()},
+    ],
+    ids=["state_dict", "model", "DataParallel", "compiled", "pool in a container", "float64"],
+)
+def test_wrapped_state_dicts_are_the_same_model(
+    tmp_path: Path, wrap: Callable[[State], object]
+) -> None:
+    state = published_eqcvt(size=33)
+    plain = load_published(saved(state, tmp_path / "plain.pt"))
+    wrapped = load_published(saved(wrap(state), tmp_path / "wrapped.pt"))
+    assert wrapped.config == plain.config
+    assert same_weights(wrapped, plain) == 0
+    assert all(p.dtype == torch.float32 for p in wrapped.parameters())
+
+
+def test_safetensors_and_our_own_folder_keep_the_weights(tmp_path: Path) -> None:
+    state = published_eqcvt(size=33)
+    safetensors.torch.save_file(state, tmp_path / "author.safetensors")
+    model: Any = load_published(tmp_path / "author.safetensors")
+    model.save_pretrained(tmp_path / "ours")
+    assert same_weights(load_model(tmp_path / "ours"), model) == 0
+    assert same_weights(load_published(saved(state, tmp_path / "a.pt")), model) == 0
+
+
+@pytest.mark.parametrize("name", ["C4", "D2", "C8", "D4", "C16", "D8", "C5", "C1", "D1"])
+def test_group_is_told_by_the_filters(tmp_path: Path, name: str) -> None:
+    order = Group.from_name(name).order
+    state = published_eqcvt(size=33)
+    basis = lifting_basis(name, 5)
+    weights = torch.randn(10, 1, len(basis))
+    bank = torch.einsum("fcb,bgij->fgcij", weights.double(), basis)
+    state["block1.1.weights"] = weights.flatten()
+    state["block1.1.filter"] = bank.reshape(10 * order, 1, 5, 5).float()
+    state[SAMPLED] = basis.reshape(len(basis), order, 1, 25).float()
+    state["pool1.filter"] = blur_kernel(0.66).float().expand(10 * order, 1, 5, 5).clone()
+    for key in [key for key in state if "batch_norm_[4]" in key]:
+        state[key.replace("[4]", f"[{order}]")] = state.pop(key)
+    model: Any = load_published(saved(state, tmp_path / "a.pt"))
+    assert (model.config["group"], model.config["kernel_size"]) == (name, 5)
+    assert model.conversion_residual < 1e-6
+    # Filters that are all zero fit any group: the stored basis decides.
+    state["block1.1.filter"].zero_()
+    state["block1.1.weights"].zero_()
+    assert load_published(saved(state, tmp_path / "a.pt")).config["group"] == name
+
+
+def test_state_saved_in_training_mode_is_expanded_from_its_weights(tmp_path: Path) -> None:
+    state = published_eqcvt(size=33, shuffled=True)
+    whole: Any = load_published(saved(state, tmp_path / "eval.pt"))
+    del state["block1.1.filter"]
+    model: Any = load_published(saved(state, tmp_path / "train.pt"))
+    assert model.conversion_residual < 1e-6
+    assert same_weights(model, whole) < 1e-6
+
+
+def test_filter_wins_over_weights_with_a_warning(tmp_path: Path) -> None:
+    state = published_eqcvt(size=33)
+    whole: Any = load_published(saved(state, tmp_path / "a.pt"))
+    state["block1.1.weights"] = state["block1.1.weights"] * 1.01
+    with pytest.warns(UserWarning, match=r"relative difference 0\.0099\); the filter is taken"):
+        model: Any = load_published(saved(state, tmp_path / "a.pt"))
+    assert same_weights(model, whole) == 0
+    del state[SAMPLED]  # then the weights mean nothing, and are not compared
+    assert same_weights(load_published(saved(state, tmp_path / "a.pt")), whole) == 0
+
+
+def test_filter_never_expanded_gives_way_to_the_weights(tmp_path: Path) -> None:
+    state = published_eqcvt(size=33)
+    whole: Any = load_published(saved(state, tmp_path / "a.pt"))
+    state["block1.1.filter"].zero_()
+    with pytest.warns(UserWarning, match="it is all zero, so the weights are taken"):
+        model: Any = load_published(saved(state, tmp_path / "a.pt"))
+    assert same_weights(model, whole) < 1e-6
+
+
+@pytest.mark.parametrize(("margin", "sigma"), [(0.0, 2.0), (2.0, 2.0), (12.3, 3.5), (1.0, 1.0)])
+def test_mask_and_blur_are_read_from_their_values(
+    tmp_path: Path, margin: float, sigma: float
+) -> None:
+    state = published_eqcvt(size=33)
+    state["block1.0.mask"] = circular_mask(33, margin=margin, sigma=sigma).float()[None, None]
+    state["pool1.filter"] = blur_kernel(0.8).float().expand(40, 1, 5, 5).clone()
+    model: Any = load_published(saved(state, tmp_path / "a.pt"))
+    config = model.config
+    assert (config["mask_margin"], config["mask_sigma"]) == pytest.approx((margin, sigma), abs=1e-4)
+    assert config["blur_sigma"] == pytest.approx(0.8, abs=1e-4)
+    torch.testing.assert_close(model.lift[0].mask, state["block1.0.mask"][0, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.lift[0].blur, state["pool1.filter"][0, 0], atol=1e-6, rtol=0)
+
+
+def test_arguments_say_what_shapes_do_not(tmp_path: Path) -> None:
+    path = saved(published_cvt(), tmp_path / "cvt.pt")
+    model: Any = load_published(
+        path, image_size=65, heads=[4, 6], embed_stride=[2, 2], kv_stride=1, dropout=0.3
+    )
+    stages = model.config["stages"]
+    assert [(s["heads"], s["head_dim"]) for s in stages] == [(4, 32), (6, 32)]
+    assert [(s["embed_stride"], s["kv_stride"]) for s in stages] == [(2, 1), (2, 1)]
+    assert model.config["dropout"] == 0.3
+    assert [s["heads"] for s in load_published(path, head_dim=32).config["stages"]] == [4, 6]
+
+
+def edited(**changes: Tensor | None) -> Callable[[State], State]:
+    """Return a function that sets (or with None removes) entries, ``__`` standing for a dot."""
+
+    def edit(state: State) -> State:
+        for name, value in changes.items():
+            state[name.replace("__", ".")] = value  # type: ignore[assignment]
+        return {key: value for key, value in state.items() if value is not None}
+
+    return edit
+
+
+def renamed(old: str, new: str) -> Callable[[State], State]:
+    return lambda state: {(new if key == old else key): v for key, v in state.items()}
+
+
+def broken_filter(state: State) -> State:
+    state["block1.1.filter"] += torch.randn(40, 1, 7, 7) * 0.1
+    return state
+
+
+def wide_filter(state: State) -> State:
+    """Turned copies of filters with values everywhere, outside of the band limit."""
+    base = torch.randn(10, 1, 7, 7)
+    turned = torch.stack([torch.rot90(base, g, (-2, -1)) for g in range(4)], 1)
+    state["block1.1.filter"] = turned.flatten(0, 1)
+    return state
+
+
+def clockwise_filter(state: State) -> State:
+    bank = state["block1.1.filter"].reshape(10, 4, 1, 7, 7)
+    state["block1.1.filter"] = bank[:, [0, 3, 2, 1]].flatten(0, 1)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:.*the filter is taken")
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            renamed("layers.0.1.g", "layers.0.1.gg"),
+            r"missing 'layers.0.1.g' \(nearest there: 'layers.0.1.gg'\); "
+            r"unknown 'layers.0.1.gg' \(nearest known: 'layers.0.1.g'\)",
+        ),
+        (edited(layers__6__bias=None), "not an EqCvT .*missing 'layers.6.bias'"),
+        (edited(pool1__filter=None), "missing 'pool1.filter'"),
+        (edited(block1__0__mask=None), "missing 'block1.0.mask'"),
+        (edited(block1__1__weights=None), "missing 'block1.1.weights'"),
+        (edited(block1__1__bias=torch.zeros(10)), "unknown 'block1.1.bias'"),
+        (edited(pos_embed=torch.zeros(3)), "unknown 'pos_embed'$"),
+        (
+            lambda s: {k: v for k, v in s.items() if k not in (SAMPLED, "block1.1.filter")},
+            "missing 'block1.1.filter'",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if "layers.0.2.layers.0" not in k},
+            r"missing 'layers.0.2.layers.0.0.fn.to_kv.net.0.weight'.* and 19 more",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if ".layers." not in k},
+            "no transformer blocks .* its first keys are 'block1.0.mask'",
+        ),
+        (
+            edited(layers__6__weight=torch.zeros(2, 63)),
+            r"'layers.6.weight' has the shape \[2, 63\], but \[2, 64\] fits",
+        ),
+        (
+            edited(layers__3__weight=torch.zeros(64, 32, 1, 1)),
+            r"'layers.3.weight' has the shape \[64, 32, 1, 1\], expected \[E, D\]",
+        ),
+        (
+            edited(layers__0__0__bias=torch.zeros(31)),
+            r"'layers.0.0.bias' has the shape \[31\], but \[32\] fits",
+        ),
+        (
+            edited(block1__1__filter=torch.zeros(36, 1, 7, 7)),
+            r"'block1.1.filter' has the shape \[36, 1, 7, 7\], but 10 fields of 4 channels "
+            r"need \[40, C, k, k\]",
+        ),
+        (
+            edited(block1__1__filter=torch.zeros(40, 1, 5, 5)),
+            r"\[40, 1, 5, 5\], but 'block1.1.weights' and the stored basis make \[40, 1, 7, 7\]",
+        ),
+        (
+            edited(block1__1__weights=torch.zeros(181)),
+            r"'block1.1.weights' \[181\]; 10 fields need \[b, 4, 1, k \* k\]",
+        ),
+        (
+            lambda s: {
+                **{k: v for k, v in s.items() if k != SAMPLED},
+                "block1.1.filter": torch.randn(40, 1, 13, 13),
+            },
+            "kernel_size must be 3 to 11, got 13; the nearest is 11",
+        ),
+        (broken_filter, r"outside of our basis \(C4, 7x7\): .*residual is 0\.\d+, at most 0\.001"),
+        (broken_filter, "its channel 1 is not channel 0 turned by element 1 of C4"),
+        (clockwise_filter, "in another order of the group's elements"),
+        (wide_filter, "probably made with other rings, widths or frequency cut-off"),
+        (edited(block1__0__mask=torch.rand(1, 1, 33, 33)), "not a circular mask"),
+        (edited(block1__0__mask=torch.ones(1, 1, 33, 33)), "not a circular mask"),
+        (
+            edited(block1__0__mask=torch.ones(1, 1, 33, 34)),
+            r"'block1.0.mask' has the shape \[1, 1, 33, 34\], expected \[1, 1, H, H\]",
+        ),
+        (edited(pool1__filter=torch.ones(40, 1, 5, 5) / 25), "not one Gaussian blur"),
+        (
+            edited(layers__3__bias=torch.full((64,), torch.nan)),
+            r"'layers.3.bias' has values that are not finite",
+        ),
+        (lambda s: {**s, "epoch": 3}, "its entry 'epoch' is of type int, not a tensor"),
+        (lambda s: {**s, 3: torch.ones(1)}, "its entry 3 is of type Tensor, not a tensor with a n"),
+        (lambda s: [s], "holds list, not a state dict"),
+        (lambda s: {}, "holds an empty dict, not a state dict"),
+        (lambda s: torch.ones(3), "holds Tensor, not a state dict"),
+        (lambda s: EqCvT(**SMALL).state_dict(), "keys of an eqcvt checkpoint.*eqcvt.load_model"),
+    ],
+)
+def test_state_dicts_that_do_not_fit_are_refused(
+    tmp_path: Path, edit: Callable[[State], object], message: str
+) -> None:
+    path = saved(edit(published_eqcvt(size=33)), tmp_path / "author.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        load_published(path)
+    assert str(path) in str(error.value)
+
+
+def test_cvt_with_a_missing_key_is_called_a_cvt(tmp_path: Path) -> None:
+    state = published_cvt()
+    del state["layers.1.1.b"]
+    with pytest.raises(ValueError, match=r"is not a CvT of .* missing 'layers.1.1.b'"):
+        load_published(saved(state, tmp_path / "cvt.pt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"image_size": 65}, ValueError, "image_size=65 was asked for.* of 33x33 pixels"),
+        ({"head_dim": 60}, ValueError, "192 attention channels of stage 0 are not 3 heads of 60"),
+        ({"heads": 5}, ValueError, "192 attention channels of stage 0 are not 5 heads of 38"),
+        ({"heads": 3, "head_dim": 32}, ValueError, "not 3 heads of 32; give heads= or head_dim="),
+        ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
+        ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+        ({"embed_stride": [2, 2]}, ValueError, "embed_stride must be one number or one for each"),
+        ({"embed_stride": 2.0}, TypeError, "embed_stride must be an integer, got float 2.0"),
+        ({"kv_stride": "2"}, TypeError, "kv_stride must be an integer, got str '2'"),
+        ({"dropout": 1.5}, ValueError, "dropout must lie in"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    path = saved(published_eqcvt(size=33), tmp_path / "author.pt")
+    with pytest.raises(error, match=message):
+        load_published(path, **arguments)
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("this must never run",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pt", b"", "not a whole file of torch.save"),
+        ("a.pt", b"hello, this is text", "not a whole file of torch.save"),
+        ("a.pt", pickle.dumps(_Code(), 2), r"holds pickled code, which is not run.*state_dict\(\)"),
+        ("a.pt", pickle.dumps({"a": _Code()}, 2), "holds pickled code"),
+        ("a.safetensors", b"hello, this is text", "not a whole safetensors file"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_published(path)
+    assert str(path) in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_missing_truncated_whole_model_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file .*none.pt"):
+        load_published(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=r"is a folder; .*eqcvt.load_model"):
+        load_published(tmp_path)
+    path = saved(published_eqcvt(size=33), tmp_path / "a.pt")
+    whole = path.read_bytes()
+    for length in (10, 1000, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a\.pt is not a whole file of torch\.save"):
+            load_published(path)
+    saved(nn.Linear(2, 2), path)
+    with pytest.raises(ValueError, match=r"a\.pt holds pickled code"):
+        load_published(path)
+    safetensors.torch.save_file(published_cvt(), tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole safetensors file"):
+        load_published(tmp_path / "a.safetensors")
+
+
+@needs_escnn
+@pytest.mark.parametrize(
+    ("channels", "group", "options"),
+    [
+        (1, "C4", {}),
+        (3, "D4", {"kernel_size": 5, "padding": 2, "dropout": 0.25}),
+        (1, "C8", {"stages": SMALL_STAGES, "head_hidden": 5, "num_classes": 4}),
+        (2, "D8", {"mask_margin": 5.0, "mask_sigma": 1.5, "blur_sigma": 1.0, "kernel_size": 4}),
+        (1, "C6", {"lift_stride": 2, "blur_stride": 2, "stages": [Stage(8)]}),
+    ],
+)
+def test_eqcvt_round_trip(
+    tmp_path: Path, channels: int, group: str, options: dict[str, Any]
+) -> None:
+    model = EqCvT(channels, group=group, **{**SMALL, **options})
+    randomised(model)
+    training = to_escnn(model)
+    assert training.training
+    assert "block1.1.filter" not in training.state_dict()
+    assert same_weights(from_escnn(training), model) < 1e-5
+    assert from_escnn(training).training
+
+    author: Any = to_escnn(model.eval())
+    assert difference(author, model, channels, 33) < 1e-5
+    back: Any = from_escnn(author)
+    assert not back.training
+    assert back.config == model.config
+    assert back.conversion_residual < 1e-6
+    assert same_weights(back, model) < 1e-5
+
+    strides = {name: model.config[name] for name in ("padding", "lift_stride", "blur_stride")}
+    if strides == {"padding": 1, "lift_stride": 1, "blur_stride": 1}:
+        stages = model.config["stages"]
+        path = saved(author.state_dict(), tmp_path / "a.pt")
+        read = load_published(
+            path,
+            heads=[s["heads"] for s in stages],
+            embed_stride=[s["embed_stride"] for s in stages],
+            kv_stride=[s["kv_stride"] for s in stages],
+        )
+        assert read.config == model.config
+        assert same_weights(read, model) < 1e-5
+
+
+@needs_escnn
+def test_live_module_decides_by_its_mode_which_filter_is_true() -> None:
+    author: Any = to_escnn(EqCvT(1, **SMALL))
+    author.eval()
+    reference = from_escnn(author)
+    conv = author.block1[1]
+    with torch.no_grad():
+        conv.weights.zero_()
+    with pytest.warns(UserWarning, match="the filter is taken"):
+        assert same_weights(from_escnn(author), reference) == 0
+    conv.training = author.training = True  # in training escnn expands the weights at every call
+    empty: Any = from_escnn(author)
+    assert not empty.lift[0].weight.any()
+
+
+def test_cvt_round_trip_without_escnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "escnn", None)
+    model = CvT(2, 3, 33, stages=SMALL_STAGES, head_hidden=6, dropout=0.0)
+    randomised(model)
+    author: Any = to_escnn(model)
+    assert author.training
+    assert from_escnn(author).training
+    model.eval()
+    author = to_escnn(model)
+    assert difference(author, model, 2, 33) < 1e-5
+    back: Any = from_escnn(author)
+    assert back.config == model.config
+    assert same_weights(back, model) == 0
+    del author.image_size
+    assert from_escnn(author, image_size=33).config == model.config
+    assert from_escnn(author).config["image_size"] == 129
+    double = to_escnn(copy.deepcopy(model).double())
+    assert next(double.parameters()).dtype == torch.float64
+    assert next(from_escnn(double).parameters()).dtype == torch.float32
+
+
+def test_to_escnn_without_escnn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "escnn", None)
+    with pytest.raises(ImportError, match=r"escnn cannot be imported .*pip install escnn"):
+        to_escnn(EqCvT(**SMALL))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EqCvT(**SMALL, invariance="exact"), "no place for invariance='exact'"),
+        (lambda: EqCvT(**SMALL, lift_depth=2), "lift_depth=2"),
+        (lambda: EqCvT(**SMALL, mask=False, blur_sigma=None), "mask=False, blur_sigma=None"),
+        (lambda: EqCvT(**SMALL, head_hidden=None), "head_hidden=None"),
+        (lambda: EqCvT(**SMALL, num_classes=0), "num_classes=0"),
+        (
+            lambda: CvT(stages=[Stage(8), Stage(8, separate_kv=True, projection_bias=True)]),
+            "separate_kv of stage 1, projection_bias of stage 1",
+        ),
+        (lambda: CvT(stages=[Stage(8, embed_padding=0)]), "embed_padding=0 of stage 0"),
+    ],
+)
+def test_to_escnn_refuses_what_the_layout_cannot_hold(
+    build: Callable[[], EqCvT | CvT], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_escnn(build())
+
+
+def test_wrong_types_are_refused() -> None:
+    with pytest.raises(TypeError, match="from_escnn takes a torch module, got dict"):
+        from_escnn({})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="to_escnn takes an eqcvt EqCvT or CvT, got Linear"):
+        to_escnn(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Linear has no transformer blocks"):
+        from_escnn(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="CvT has the keys of an eqcvt checkpoint"):
+        from_escnn(CvT(image_size=33, stages=SMALL_STAGES))
+
+
+@pytest.mark.parametrize(
+    ("path", "attribute", "value", "message"),
+    [
+        ("layers.0.0", "padding", (0, 0), "layers.0.0.padding must be 1, got 0"),
+        ("layers.0.0", "stride", (2, 1), r"layers.0.0.stride=\(2, 1\) is not one number"),
+        ("layers.5", "eps", 1e-3, "layers.5 has eps=0.001 and momentum=0.1"),
+        ("layers.5", "momentum", None, "layers.5 has eps=1e-05 and momentum=None"),
+        ("layers.0.1", "eps", 1e-6, "layers.0.1 has eps=1e-06"),
+        ("layers.1.2.layers.1.0.fn", "heads", 2, "has other strides or heads than block 0"),
+        ("layers.0.2.layers.0.1.fn.net.4", "p", 0.5, r"several dropout rates, \[0.1, 0.5\]"),
+        ("layers.0.2.layers.0.0.fn.to_q.net.0", "stride", (2, 2), "stride must be 1, got 2"),
+    ],
+)
+def test_live_settings_without_a_counterpart_are_refused(
+    path: str, attribute: str, value: object, message: str
+) -> None:
+    author: Any = to_escnn(CvT(image_size=33, stages=SMALL_STAGES))
+    setattr(author.get_submodule(path), attribute, value)
+    with pytest.raises(ValueError, match=message):
+        from_escnn(author)
+
+
+def test_live_model_without_a_module_is_refused() -> None:
+    author: Any = to_escnn(CvT(image_size=33, stages=SMALL_STAGES))
+    attention: Any = author.get_submodule("layers.0.2.layers.0.0.fn")
+    attention.to_out = attention.to_out[:1]
+    with pytest.raises(ValueError, match=r"has no module 'layers.0.2.layers.0.0.fn.to_out.1'"):
+        from_escnn(author)
