@@ -1,4 +1,4 @@
-"""The build's hook for the native extension; everything else about the package is in pyproject.toml."""
+"""The build's hook for the native extension; all else about the package is in pyproject.toml."""
 
 from setuptools import setup
 

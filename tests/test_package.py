@@ -1,0 +1,90 @@
+"""What a built sdist and wheel carry, from a copy of the checkout so that it stays clean."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ["eqcvt", "kernels", "csrc", "tests", "bench", "examples"]
+FILES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"]
+PROBE = "probe_for_the_package_test.py"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]:
+    """Build sdist and, from the sdist, wheel; return the sdist's members and the wheel's path."""
+    tree = tmp_path_factory.mktemp("tree")
+    leave = shutil.ignore_patterns("__pycache__", "results", "*.so")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=leave)
+    for name in [*FILES, "constraints.txt"]:
+        shutil.copy(ROOT / name, tree)
+    (tree / "kernels" / PROBE).write_text("BLOCK = 64\n")
+    (tree / "csrc" / "cpu").mkdir(exist_ok=True)
+    (tree / "csrc" / "cpu" / "probe.cpp").write_text("int probe;\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", str(tree)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        assert not [m.name for m in archive.getmembers() if m.issym()]
+        members = {m.name.split("/", 1)[1] for m in archive.getmembers() if "/" in m.name}
+    return members, wheel
+
+
+def _modules() -> set[str]:
+    files = (p for p in (ROOT / "eqcvt").rglob("*.py"))
+    return {p.relative_to(ROOT).as_posix() for p in files}
+
+
+def test_wheel_holds_every_module_and_nothing_else(built: tuple[set[str], Path]) -> None:
+    names = {n for n in zipfile.ZipFile(built[1]).namelist() if ".dist-info/" not in n}
+    assert names == _modules() | {"eqcvt/py.typed", f"eqcvt/kernels/{PROBE}"}
+
+
+def test_wheel_carries_licence_command_and_metadata(built: tuple[set[str], Path]) -> None:
+    archive = zipfile.ZipFile(built[1])
+    (info,) = {n.split("/")[0] for n in archive.namelist() if ".dist-info/" in n}
+    licence = archive.read(f"{info}/licenses/LICENSE").decode()
+    assert licence.startswith("MIT License")
+    assert "Copyright (c) 2026 The EqCvT authors" in licence
+    assert "eqcvt = eqcvt.cli:app" in archive.read(f"{info}/entry_points.txt").decode()
+    metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == ">=3.10"
+    needs = metadata.get_all("Requires-Dist") or []
+    always = [need for need in needs if "extra ==" not in need]
+    assert "torch>=2.11" in always
+    assert not [need for need in always if need.startswith(("escnn", "einops", "caustics", "onnx"))]
+
+
+def test_sdist_holds_what_a_build_needs_and_no_tests(built: tuple[set[str], Path]) -> None:
+    members = built[0]
+    wanted = _modules() | set(FILES) | {"eqcvt/py.typed", "csrc/cpu/probe.cpp", "csrc/README.md"}
+    assert wanted | {f"eqcvt/kernels/{PROBE}"} <= members
+    assert {m.split("/")[0] for m in members}.isdisjoint({"tests", "bench", "examples", "kernels"})
+
+
+def test_kernels_is_a_relative_link_and_no_package() -> None:
+    link = ROOT / "eqcvt" / "kernels"
+    assert link.is_symlink()
+    assert str(link.readlink()) == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_version_is_the_same_in_code_and_metadata(built: tuple[set[str], Path]) -> None:
+    import eqcvt
+
+    if eqcvt.__version__ == "0+unknown":
+        pytest.skip("eqcvt runs from a source tree that is not installed")
+    assert built[1].name.split("-")[1] == eqcvt.__version__
