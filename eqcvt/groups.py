@@ -237,8 +237,8 @@ def _irrep(group: Group, harmonic: _Harmonic) -> tuple[tuple[int, int], int]:
 
 
 @functools.cache
-def _lifting(group: Group, kernel_size: int) -> tuple[Array, Array]:
-    """Return the sampled basis [b, g, k, k] and its initial standard deviations at C = 1."""
+def _lifting(group: Group, kernel_size: int) -> tuple[Array, Array, list[_Harmonic]]:
+    """Return the sampled basis [b, g, k, k], its initial deviations at C = 1, its harmonics."""
     if kernel_size not in KERNEL_SIZES:
         nearest = min(max(kernel_size, KERNEL_SIZES[0]), KERNEL_SIZES[-1])
         raise ValueError(
@@ -247,7 +247,7 @@ def _lifting(group: Group, kernel_size: int) -> tuple[Array, Array]:
         )
     points = _pixel_centres(kernel_size)
     turned = [points @ group.matrix(group.inverse(g)).T for g in range(group.order)]
-    elements, irreps = [], []
+    elements, irreps, harmonics = [], [], []
     for harmonic in _harmonics(kernel_size):
         stack = np.stack([_sample(harmonic, p, group.n) for p in turned])
         norm = np.linalg.norm(stack)
@@ -256,9 +256,10 @@ def _lifting(group: Group, kernel_size: int) -> tuple[Array, Array]:
         irrep, size = _irrep(group, harmonic)
         elements.append(stack * (math.sqrt(size) / norm))
         irreps.append(irrep)
+        harmonics.append(harmonic)
     counts = {irrep: irreps.count(irrep) for irrep in irreps}
     basis = np.stack(elements).reshape(-1, group.order, kernel_size, kernel_size)
-    return basis, np.array([1 / math.sqrt(counts[irrep]) for irrep in irreps])
+    return basis, np.array([1 / math.sqrt(counts[irrep]) for irrep in irreps]), harmonics
 
 
 def lifting_basis(group: str | Group, kernel_size: int) -> Tensor:
@@ -297,9 +298,7 @@ def regular_basis(group: str | Group, kernel_size: int) -> Tensor:
 
     .. math:: \psi_{b,r}[g, h](p) = \phi_b(g^{-1} p) \; [g^{-1} h = r]
 
-    one copy of the scalar basis for every relative group element :math:`r`; each element has
-    squared norm ``G``, so weights of variance 1 / (elements x input fields) reproduce the filter
-    norm of escnn's initialisation.
+    one copy of the scalar basis for each relative element :math:`r`, of squared norm ``G``.
 
     Args:
         group: the group or its name.
@@ -318,6 +317,71 @@ def regular_basis(group: str | Group, kernel_size: int) -> Tensor:
         for g in range(order):
             basis[:, relative, g, group.compose(g, relative)] = scalar[:, g]
     return basis.reshape(count * order, order, order, kernel_size, kernel_size)
+
+
+def _isotypic(group: Group) -> list[tuple[Array, int]]:
+    """Return the projectors ``[G, G]`` of the group axis onto its isotypic parts, and their size.
+
+    The size is that of the part over that of one irreducible representation, times the latter:
+    multiplicity times dimension.
+    """
+    parts = []
+    for index in range(group.n // 2 + 1):
+        one_dimensional = index == 0 or 2 * index == group.n
+        for parity in (1, -1) if group.reflections and one_dimensional else (1,):
+            projector = np.zeros((group.order, group.order))
+            for g in range(group.order):
+                flip, turn = group.parts(g)
+                character = math.cos(2 * math.pi * index * turn / group.n)
+                if one_dimensional:
+                    character *= parity if flip else 1
+                elif group.reflections:
+                    character *= 0 if flip else 4
+                else:
+                    character *= 2
+                projector[range(group.order), group.permutation(g)] += character / group.order
+            parts.append((projector, round(np.trace(projector))))
+    return parts
+
+
+@functools.cache
+def _regular_covariance(group: Group, kernel_size: int) -> Array:
+    basis = regular_basis(group, kernel_size).numpy()
+    rings: dict[tuple[int, float], list[int]] = {}
+    for index, harmonic in enumerate(_lifting(group, kernel_size)[2]):
+        rows = [index * group.order + relative for relative in range(group.order)]
+        rings.setdefault((harmonic.frequency, harmonic.radius), []).extend(rows)
+    parts = _isotypic(group)
+    covariance = np.zeros((len(basis), len(basis)))
+    for out, size in parts:
+        # An equivariant filter is known by its first output element, so that suffices.
+        images = {key: np.tensordot(basis[rows], out[0], (1, 0)) for key, rows in rings.items()}
+        projections, counts = [], []
+        for inner, _ in parts:
+            projection = np.zeros_like(covariance)
+            for key, rows in rings.items():
+                image = np.einsum("ch,bhij->bcij", inner, images[key])
+                known, wanted = (t.reshape(len(rows), -1).T for t in (basis[rows, 0], image))
+                projection[np.ix_(rows, rows)] = np.linalg.lstsq(known, wanted, rcond=None)[0]
+            projections.append(projection)
+            counts.append(round(np.trace(projection)))
+        kinds = sum(count > 0 for count in counts)
+        for projection, count in zip(projections, counts, strict=True):
+            if count:
+                covariance += projection * size / (kinds * count * group.order)
+    return covariance
+
+
+def regular_covariance(group: str | Group, kernel_size: int, in_fields: int) -> Tensor:
+    """Return the covariance ``[b * G, b * G]`` of the weights in escnn's He-style initialisation.
+
+    escnn draws one weight for each basis filter between irreducible parts of input and output, with
+    the variance 1 / (kinds of input part x filters from that kind); here is what that makes of the
+    weights of :func:`regular_basis`. Each output channel's filter has an expected squared norm
+    of 1.
+    """
+    covariance = _regular_covariance(Group.from_name(group), kernel_size)
+    return torch.from_numpy(covariance / in_fields)
 
 
 def orbit_basis(group: str | Group, kernel_size: int) -> Tensor:

@@ -60,10 +60,11 @@ class SteerableLift(nn.Module):
         dtype = torch.get_default_dtype()
         if regular:
             basis = groups.regular_basis(self.group, kernel_size)
-            std = torch.full((len(basis),), (len(basis) * in_channels) ** -0.5)
+            covariance = groups.regular_covariance(self.group, kernel_size, in_channels)
+            scale = torch.linalg.cholesky(covariance).T
         else:
             basis = groups.lifting_basis(self.group, kernel_size)
-            std = groups.lifting_std(self.group, kernel_size, in_channels)
+            scale = groups.lifting_std(self.group, kernel_size, in_channels).diag()
         constants = {
             "basis": basis,
             "mask": None
@@ -73,7 +74,7 @@ class SteerableLift(nn.Module):
         }
         for name, value in constants.items():
             self.register_buffer(name, None if value is None else value.to(dtype), persistent=False)
-        self.weight = nn.Parameter(torch.randn(fields, in_channels, len(basis)) * std.to(dtype))
+        self.weight = nn.Parameter(torch.randn(fields, in_channels, len(basis)) @ scale.to(dtype))
         self.norm = BatchNorm(fields)
 
     def bank(self) -> Tensor:
