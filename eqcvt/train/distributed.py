@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Process:
         """
         if self.world_size == 1:
             return model
+        # Depthwise filters have a size-1 axis, whose stride torch compares though it means nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         ids = [self.device] if self.device.type == "cuda" else None
         net = nn.parallel.DistributedDataParallel(model, device_ids=ids)
         # Set here because torch renamed the constructor's argument in between.

@@ -32,8 +32,9 @@ from eqcvt.train.report import Reporter
 from eqcvt.train.schedule import learning_rate
 from eqcvt.train.setup import load_data, make_average, make_model, make_optimizer, writer
 
-CONFIG, METRICS, BEST, LAST, TENSORBOARD = (
+CONFIG, CLASSES, METRICS, BEST, LAST, TENSORBOARD = (
     "config.toml",
+    "classes.json",
     "metrics.json",
     "best",
     "last",
@@ -68,9 +69,10 @@ def train(
 ) -> TrainResult:
     """Train a model; under torchrun, together with the other processes.
 
-    The run folder gets ``config.toml``, ``metrics.json`` (one row per epoch), ``best/`` and
-    ``last/`` after every epoch, each written whole or not at all. The best epoch is the one with
-    the highest validation accuracy, and among equal ones with the lowest validation loss.
+    The run folder gets ``config.toml`` and ``classes.json`` (their names), and after every epoch
+    ``metrics.json`` (one row per epoch), ``best/`` and ``last/``, each written whole or not at
+    all. The best epoch is the one with the highest validation accuracy, and among equal ones with
+    the lowest validation loss.
 
     Args:
         config: the settings.
@@ -139,6 +141,8 @@ class _Run:
         self.writer = writer(self.folder / TENSORBOARD) if logged else None
         if process.first:
             config.save(self.folder / CONFIG)
+            with replacing(self.folder / CLASSES) as new:
+                new.write_text(json.dumps(data.classes) + "\n", encoding="utf-8")
             self._write_metrics()
             if not resume:
                 checkpoint.save(self.folder / LAST, self.state, config)
@@ -328,7 +332,7 @@ def _batches(config: TrainConfig, process: Process, data: LensingImages) -> Batc
 
 def _claim(folder: Path, process: Process, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds a run, or remove that run; nothing else there is touched."""
-    ours = [folder / name for name in (CONFIG, METRICS, BEST, LAST, TENSORBOARD)]
+    ours = [folder / name for name in (CONFIG, CLASSES, METRICS, BEST, LAST, TENSORBOARD)]
     present = [path for path in ours if path.exists()]
     # Every process looks before the first one changes anything.
     process.wait()

@@ -1,0 +1,105 @@
+"""Finding and loading the models that a command names, and refusing to write over results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model from disk.
+
+    Attributes:
+        model: in eval mode, on ``device``.
+        name: a short name for tables and pictures.
+        folder: the checkpoint folder.
+        run: the run folder it belongs to, if any.
+        classes: names of the classes; empty where they are not known.
+        device: where the model is.
+    """
+
+    model: nn.Module
+    name: str
+    folder: Path
+    run: Path | None
+    classes: tuple[str, ...]
+    device: torch.device
+
+
+def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
+    """Load the model of a checkpoint folder, or the best (or last) one of a run folder.
+
+    Raises:
+        FileNotFoundError: the folder, or a model in it, does not exist.
+        ValueError: the files are damaged or no model of ours, or the device does not exist.
+    """
+    import eqcvt
+    from eqcvt.train.distributed import resolve_device
+    from eqcvt.train.loop import CLASSES
+
+    where = resolve_device(device)
+    folder = checkpoint_folder(path, last=last)
+    run = folder.parent if folder.name in ("best", "last") else None
+    model = eqcvt.load_model(folder).to(where).eval()
+    names: tuple[str, ...] = ()
+    for place in (folder, folder.parent):
+        if (place / CLASSES).is_file():
+            names = tuple(map(str, json.loads((place / CLASSES).read_text(encoding="utf-8"))))
+            break
+    if len(names) != int(model.config["num_classes"]):
+        names = ()
+    return Loaded(model, display_name(model.config), folder, run, names, where)
+
+
+def checkpoint_folder(path: Path, *, last: bool = False) -> Path:
+    """Return the folder with the model's files that ``path`` means."""
+    if not path.exists():
+        raise FileNotFoundError(f"no folder {path}: give a run folder or a checkpoint folder")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is a file: give a run folder or a checkpoint folder")
+    chosen = path / ("last" if last else "best")
+    if (chosen / "model.safetensors").is_file():
+        return chosen
+    if (path / "model.safetensors").is_file():
+        return path
+    raise FileNotFoundError(
+        f"{path} holds no model: neither model.safetensors nor {chosen.name}/model.safetensors"
+    )
+
+
+def display_name(config: dict[str, Any]) -> str:
+    """Return a model's name for tables, such as ``EqCvT C4 exact``."""
+    parts = [str(config["architecture"])]
+    parts += [str(config[key]) for key in ("group", "invariance") if key in config]
+    return " ".join(parts)
+
+
+def distinct(models: list[Loaded]) -> dict[str, Loaded]:
+    """Return models by name, with their folder added where two names are the same."""
+    names = [found.name for found in models]
+    result: dict[str, Loaded] = {}
+    for found in models:
+        name = found.name
+        if names.count(name) > 1:
+            name += f" ({(found.run or found.folder).name})"
+        while name in result:
+            name += "'"
+        result[name] = found
+    return result
+
+
+def free(path: Path, overwrite: bool) -> None:
+    """Refuse a path that exists, and is no empty folder, unless it may be replaced.
+
+    Raises:
+        FileExistsError: naming the option that allows it.
+    """
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise FileExistsError(f"{path} exists: give another path, or --overwrite to replace it")

@@ -1,0 +1,108 @@
+"""``eqcvt evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eqcvt.cli.app import app, console
+from eqcvt.cli.checkpoints import Loaded, distinct, load
+from eqcvt.cli.use import DeviceOption, LastOption
+
+if TYPE_CHECKING:
+    from eqcvt.data import LensingImages
+
+
+@app.command()
+def evaluate(
+    *,
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="Run or checkpoint folders.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Images; without it those that the first run was validated on."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of an ML4SCI folder: train | val; both if not given.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Another run or checkpoint folder; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results  [MODEL/evaluation]")
+    ] = None,
+    last: LastOption = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    angles: Annotated[int, typer.Option(min=4, help="Rotations in the polar plot.")] = 24,
+    samples: Annotated[int, typer.Option(min=1, help="Images in the sample grid.")] = 12,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures.")] = True,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure accuracy, AUC, calibration and what rotations do to the logits; draw pictures.
+
+    Writes metrics.json (last epoch with --last) and, besides the tables it prints, ROC, confusion,
+    reliability, logits against angle for all models side by side, attention maps and samples.
+    """
+    from rich.table import Table
+
+    from eqcvt import report
+    from eqcvt.data import load as load_images
+
+    found = distinct([load(p, last=last, device=device) for p in [*models, *(compare or [])]])
+    first = next(iter(found.values()))
+    if data is None:
+        images, source = held_out(first)
+    else:
+        images, source = load_images(data, split=split), str(data)
+    nets = {name: item.model for name, item in found.items()}
+    where = first.device
+    screen = console()
+    results = report.evaluate_models(
+        nets, images, device=where, batch_size=batch_size, progress=screen.print
+    )
+    folder = out or (first.run or first.folder) / "evaluation"
+    screen.print(report.summary(results, title=f"{len(images)} images of {source}"))
+    for name, result in results.items():
+        table = Table("true class", title=f"{name}: confusion")
+        for label in images.classes:
+            table.add_column(f"as {label}", justify="right")
+        table.add_column("AUC", justify="right")
+        for label, row, auc in zip(images.classes, result["confusion"], result["auc"], strict=True):
+            cells = map(str, row)
+            table.add_row(label, *cells, "undefined" if auc is None else f"{auc:.4f}")
+        screen.print(table)
+        for sentence in result["notes"]:
+            screen.print(f"note: {sentence}", markup=False, soft_wrap=True)
+    report.write_json(
+        folder / "metrics.json",
+        {
+            **report.origin(),
+            "data": source,
+            "checkpoints": {name: str(item.folder) for name, item in found.items()},
+            "models": results,
+        },
+    )
+    if pictures:
+        report.draw(
+            nets, results, images, folder, device=where, batch_size=batch_size,
+            angles=angles, samples=samples, progress=screen.print,
+        )  # fmt: skip
+    screen.print(f"wrote {folder}", markup=False, soft_wrap=True)
+
+
+def held_out(first: Loaded) -> tuple[LensingImages, str]:
+    """Return the validation images of the model's own run, and what to call them.
+
+    Raises:
+        ValueError: the model belongs to no run.
+    """
+    from eqcvt.train.config import TrainConfig
+    from eqcvt.train.setup import load_data
+
+    if first.run is None or not (first.run / "config.toml").is_file():
+        raise ValueError(f"{first.folder} belongs to no run: say which images with --data PATH")
+    config = TrainConfig.from_file(first.run / "config.toml")
+    return load_data(config)[1], f"{config.val_data or config.data}, held out in training"

@@ -1,0 +1,110 @@
+"""What this installation can do: versions, devices, threads, and the backend each op takes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+REQUIRED = ("torch", "numpy", "safetensors", "huggingface_hub", "kornia", "torchmetrics")
+EXTRAS = {
+    "sim": ("caustics",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "tensorboard": ("tensorboard",),
+}
+FAST = ("triton",)
+
+
+def report() -> dict[str, Any]:
+    """Return everything ``eqcvt doctor`` shows, ready for JSON.
+
+    Returns:
+        ``versions`` (package -> version or None), ``extras`` (extra -> what is missing),
+        ``devices`` (list of name, kind, memory in bytes, capability), ``threads``, ``variables``
+        (those of ours that are set), ``native`` (about the compiled extension) and ``backends``
+        (rows of op, device, backend, available, chosen and
+        the reason against).
+    """
+    import eqcvt
+    from eqcvt.ops import explain
+
+    packages = (*REQUIRED, *FAST, *(p for group in EXTRAS.values() for p in group))
+    versions: dict[str, str | None] = {
+        "eqcvt": eqcvt.__version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+    }
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "extras": {
+            extra: [p for p in group if versions[p] is None] for extra, group in EXTRAS.items()
+        },
+        "devices": _devices(),
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "usable_cores": _usable_cores(),
+        },
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("EQCVT_") or name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+        },
+        "native": _native(),
+        "backends": [row._asdict() for row in explain()],
+    }
+
+
+def _version(package: str) -> str | None:
+    """Return the installed version of ``package``, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_cores() -> int:
+    """Return the number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _devices() -> list[dict[str, Any]]:
+    """Return the processor and every accelerator torch sees."""
+    devices: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": about.name,
+                "memory_bytes": about.total_memory,
+                "capability": f"sm_{about.major}{about.minor}",
+                "bf16": torch.cuda.is_bf16_supported(),
+            }
+        )
+    return devices
+
+
+def _native() -> dict[str, Any]:
+    """Return what is known of the compiled extension."""
+    found = importlib.util.find_spec("eqcvt._native")
+    if found is None:
+        return {"built": False, "reason": "this build has no native extension"}
+    module = importlib.import_module("eqcvt._native")
+    build = getattr(module, "build_info", None)
+    return {"built": True, "file": found.origin, **(build() if callable(build) else {})}

@@ -1,0 +1,146 @@
+"""Models as ``torch.export`` programs and ONNX graphs, each checked against the model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eqcvt import use_backend
+from eqcvt._check import choice
+from eqcvt._files import replacing
+
+FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
+CHECKED_BATCHES = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file and how far its outputs are from the model's.
+
+    Attributes:
+        path: the file.
+        format: ``"torch.export"`` or ``"ONNX"``.
+        difference: largest absolute difference of a logit over the checked batches.
+        scale: largest absolute logit there.
+    """
+
+    path: Path
+    format: str
+    difference: float
+    scale: float
+
+
+def export(model: nn.Module, path: str | Path, *, tolerance: float = 1e-4) -> Exported:
+    """Write ``model`` in eval mode with a free batch size, and check what was written.
+
+    The file takes float32 images ``[B, C, H, W]`` in [0, 1] and gives logits ``[B, K]``. The plain
+    PyTorch reference is exported, so that the file needs nothing of eqcvt. The model's
+    configuration goes in as JSON (``config.json`` in a ``.pt2``, the property ``eqcvt`` in ONNX).
+
+    Args:
+        model: an ``EqCvT`` or ``CvT``; it stays as it is.
+        path: ends in ``.pt2`` (``torch.export``) or ``.onnx``.
+        tolerance: largest difference allowed, relative to the largest logit or 1.
+
+    Returns:
+        The path, the format and the difference found on random images.
+
+    Raises:
+        ValueError: another ending.
+        ImportError: ``.onnx`` without the extra ``export``.
+        RuntimeError: the file's outputs differ by more than ``tolerance``; nothing is written.
+    """
+    path = Path(path)
+    kind = FORMATS[choice("the export's ending", path.suffix, FORMATS)]
+    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
+    channels, size = int(config["in_channels"]), config["image_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    frozen = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    draw: Callable[[int], Tensor] = lambda batch: torch.rand(  # noqa: E731
+        (batch, channels, height, width), generator=generator
+    )
+    write = _write_program if path.suffix == ".pt2" else _write_onnx
+    with replacing(path) as temporary, torch.no_grad(), use_backend("reference"):
+        run = write(frozen, draw(2), temporary, json.dumps(config))
+        difference = scale = 0.0
+        for batch in CHECKED_BATCHES:
+            images = draw(batch)
+            expected = frozen(images)
+            difference = max(difference, float((run(images) - expected).abs().max()))
+            scale = max(scale, float(expected.abs().max()))
+        if not difference <= tolerance * max(scale, 1.0):
+            raise RuntimeError(
+                f"the {kind} file gives logits {difference:.3g} away from the model's (largest "
+                f"logit {scale:.3g}, allowed {tolerance:g} of it); nothing was written"
+            )
+    return Exported(path, kind, difference, scale)
+
+
+def _write_program(
+    model: nn.Module, images: Tensor, path: Path, config: str
+) -> Callable[[Tensor], Tensor]:
+    """Write a ``torch.export`` program and return the reloaded one as a function."""
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"config.json": config})
+    path.write_bytes(buffer.getvalue())
+    module = torch.export.load(path).module()
+    return lambda x: torch.as_tensor(module(x))
+
+
+def _write_onnx(
+    model: nn.Module, images: Tensor, path: Path, config: str
+) -> Callable[[Tensor], Tensor]:
+    """Write an ONNX graph and return it, loaded by onnxruntime, as a function."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'ONNX export needs the package {error.name}: pip install "eqcvt[export]"'
+        ) from error
+    batch = torch.export.Dim("batch", min=1)
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch},),
+        )
+    assert program is not None
+    program.model.metadata_props["eqcvt"] = config
+    program.save(path, external_data=False)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's own warnings, which concern its internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

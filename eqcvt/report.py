@@ -1,0 +1,219 @@
+"""The evaluation of one or several models on one set of images: numbers as JSON, and pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+import eqcvt
+from eqcvt import plots
+from eqcvt._files import replacing
+from eqcvt.data import LensingImages, to_unit
+from eqcvt.train import evaluate, logits_over_angles, predict_logits
+
+Progress = Callable[[str], None]
+
+
+def evaluate_models(
+    models: Mapping[str, nn.Module],
+    data: LensingImages,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    progress: Progress = lambda _: None,
+) -> dict[str, dict[str, Any]]:
+    """Return for each model's name its parameters and what ``eqcvt.train.evaluate`` measures.
+
+    Raises:
+        ValueError: a model that does not fit the images; the message names the model.
+    """
+    results = {}
+    for name, model in models.items():
+        check_fit(name, model, data)
+        progress(f"evaluating {name} on {len(data)} images")
+        found = evaluate(model, data, device=device, batch_size=batch_size, rotations=True)
+        results[name] = {"parameters": sum(p.numel() for p in model.parameters()), **found}
+    return results
+
+
+def check_fit(name: str, model: nn.Module, data: LensingImages) -> None:
+    """Refuse images whose channels, size or classes are not the model's.
+
+    Raises:
+        ValueError: naming both.
+    """
+    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
+    size = config["image_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    for what, given, taken in (
+        ("channels", data.channels, config["in_channels"]),
+        ("classes", len(data.classes), config["num_classes"]),
+        ("pixels", "x".join(map(str, data.size)), f"{height}x{width}"),
+    ):
+        if given != taken:
+            raise ValueError(f"{name} takes images with {taken} {what}, the data have {given}")
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def origin() -> dict[str, Any]:
+    """Return what a recorded number needs to be made again: command, versions, device."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {
+            "eqcvt": eqcvt.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def pixel_scale(data: LensingImages) -> float | None:
+    """Return arc seconds per pixel of simulated images, or None where they are not known."""
+    scale = data.config.get("camera", {}).get("pixel_scale") if data.config else None
+    return None if scale is None else float(scale)
+
+
+def one_of_each(data: LensingImages) -> list[int]:
+    """Return the index of the first image of every class."""
+    return [int(np.flatnonzero(data.labels == k)[0]) for k in np.unique(data.labels)]
+
+
+def draw(
+    models: Mapping[str, nn.Module],
+    results: Mapping[str, Mapping[str, Any]],
+    data: LensingImages,
+    out: Path,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    angles: int = 24,
+    samples: int = 12,
+    progress: Progress = lambda _: None,
+) -> list[Path]:
+    """Write the pictures of an evaluation into the folder ``out``.
+
+    Args:
+        models: by name, on ``device``.
+        results: what ``evaluate_models`` returned for them.
+        data: the images they were evaluated on.
+        out: the folder.
+        device: where the models are.
+        batch_size: images per forward pass.
+        angles: number of rotations over the full turn in the polar plot.
+        samples: images in the sample grid.
+        progress: is told what is being drawn.
+
+    Returns:
+        The files: ROC, reliability, logits against angle, and for each model a confusion matrix,
+        attention maps and a grid of images with predictions.
+    """
+    scale = pixel_scale(data)
+    chosen = one_of_each(data)
+    images = torch.from_numpy(data.subset(chosen).images).to(device)
+    files = [plots.save(plots.roc_curves(results), out / "roc.png")]
+
+    progress("drawing logits against angle")
+    turn = [360 * i / angles for i in range(angles)]
+    logits = {
+        name: logits_over_angles(model, images, turn).detach().cpu()
+        for name, model in models.items()
+    }
+    truth = [data.classes[int(data.labels[i])] for i in chosen]
+    polar = plots.logits_polar(turn, logits, data.classes, truth=truth)
+    files.append(plots.save(polar, out / "logits_vs_angle.png"))
+
+    probabilities = {}
+    shown = np.linspace(0, len(data) - 1, min(samples, len(data))).round().astype(int)
+    for name, model in models.items():
+        progress(f"drawing {name}")
+        table = predict_logits(model, data, device=device, batch_size=batch_size)
+        probabilities[name] = table.double().softmax(dim=-1).cpu().numpy()
+        stem = "".join(c if c.isalnum() else "_" for c in name.lower())
+        accuracy = 100 * float(results[name]["accuracy"])
+        title = f"{name}: accuracy {accuracy:.1f} %"
+        confusion = plots.confusion_matrix(results[name]["confusion"], data.classes, title=title)
+        files.append(plots.save(confusion, out / f"confusion_{stem}.png"))
+        part = data.subset(shown.tolist())
+        grid = plots.sample_grid(
+            part.images,
+            part.labels,
+            data.classes,
+            probabilities=probabilities[name][shown],
+            pixel_scale=scale,
+            title=f"{name}: true class → prediction",
+        )
+        files.append(plots.save(grid, out / f"samples_{stem}.png"))
+        files.append(out / f"attention_{stem}.png")
+        _draw_attention(name, model, data, files[-1], device)
+    rely = plots.reliability(probabilities, data.labels)
+    files.append(plots.save(rely, out / "reliability.png"))
+    return files
+
+
+def _draw_attention(
+    name: str,
+    model: nn.Module,
+    data: LensingImages,
+    path: Path,
+    device: str | torch.device,
+) -> None:
+    """Draw the attention of one image of the last class."""
+    index = one_of_each(data)[-1]
+    image = to_unit(torch.from_numpy(data.subset([index]).images)).to(device)
+    with torch.no_grad():
+        maps = model.attention_maps(image)  # type: ignore[operator]
+    grids: Sequence[Any] = model.token_grids  # type: ignore[assignment]
+    figure = plots.attention_maps(image[0], maps, grids, pixel_scale=pixel_scale(data), title=name)
+    plots.save(figure, path)
+
+
+def summary(
+    results: Mapping[str, Mapping[str, Any]], *, title: str = "", full: bool = True
+) -> Table:
+    """Return the table of an evaluation, a row for each model.
+
+    Args:
+        results: what ``evaluate_models`` returned, perhaps with the training's ``seconds``.
+        title: text above the table.
+        full: show calibration and the spread over the model's group too.
+    """
+    timed = any("seconds" in r for r in results.values())
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "para-\nmeters": lambda r: f"{r['parameters']:,}",
+        "accuracy": lambda r: f"{100 * r['accuracy']:.1f} %",
+        "AUC": lambda r: "-" if None in r["auc"] else f"{float(np.mean(r['auc'])):.3f}",
+        "calibr.\nerror": lambda r: f"{100 * r['ece']:.1f} %",
+        "std of\nlogits,\n8 x 45°": lambda r: f"{r['rotation']['std_45']:.3f}",
+        "std of\nlogits,\ngroup": lambda r: f"{r['rotation']['std_group']:.2g}",
+        "residual,\ngroup": lambda r: f"{r['rotation']['residual_group']:.2g}",
+        "training\nseconds": lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "-",
+    }
+    left_out = set() if full else {"calibr.\nerror", "std of\nlogits,\ngroup"}
+    left_out |= set() if timed else {"training\nseconds"}
+    shown = {head: cell for head, cell in columns.items() if head not in left_out}
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
+    for head in shown:
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, result in results.items():
+        table.add_row(name, *(cell(result) for cell in shown.values()))
+    return table

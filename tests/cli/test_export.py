@@ -1,0 +1,88 @@
+"""Exported programs and graphs give the model's logits, for any batch size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import eqcvt
+from eqcvt.export import export
+
+MODELS = ("eqcvt_c4", "eqcvt_d4_exact", "cvt")
+
+
+def trained(name: str, channels: int = 1) -> nn.Module:
+    """A model whose batch norms have statistics of their own."""
+    model = eqcvt.create_model(name, in_channels=channels, num_classes=2, image_size=33)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(4, channels, 33, 33))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_export(name: str, tmp_path: Path) -> None:
+    model = trained(name)
+    written = export(model, tmp_path / "model.pt2")
+    assert model.training
+    assert written.difference <= 1e-5 * max(1.0, written.scale)
+    x = torch.rand(7, 1, 33, 33)
+    extra = {"config.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert json.loads(extra["config.json"])["architecture"] == type(model).__name__
+    assert "eqcvt." not in str(program.graph)
+
+
+@pytest.mark.needs("onnxruntime")
+def test_onnx(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    model = trained("eqcvt_c4_exact", channels=3)
+    written = export(model, tmp_path / "model.onnx")
+    assert written.difference <= 1e-4 * max(1.0, written.scale)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape[1:] == [3, 33, 33]
+    x = torch.rand(7, 3, 33, 33)
+    (logits,) = session.run(["logits"], {"images": x.numpy()})
+    with torch.no_grad():
+        expected = model.eval()(x)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
+    held = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert json.loads(held["eqcvt"])["invariance"] == "exact"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained("cvt")
+    path = tmp_path / "model.pt2"
+    path.write_text("the old file")
+    load = torch.export.load
+
+    def changed(*args: object, **kwargs: object) -> torch.export.ExportedProgram:
+        program = load(*args, **kwargs)
+        for weight in program.state_dict.values():
+            if weight.is_floating_point():
+                weight.data.add_(0.1)
+        return program
+
+    monkeypatch.setattr(torch.export, "load", changed)
+    with pytest.raises(RuntimeError, match=r"gives logits .* away from the model's"):
+        export(model, path)
+    assert path.read_text() == "the old file"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_onnx_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r'pip install "eqcvt\[export\]"'):
+        export(trained("cvt"), tmp_path / "model.onnx")

@@ -1,0 +1,58 @@
+"""What the README says is so: its snippets run, its commands exist, its numbers were recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.main import get_command
+
+from eqcvt.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = ROOT / "bench" / "results" / "demo" / "results.json"
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(_blocks("python"))))
+def test_python_snippets_run(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        exec(_blocks("python")[index], {})
+
+
+def test_commands_and_targets_exist() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    named = set(re.findall(r"^eqcvt (\w+)", "\n".join(_blocks("sh")), re.MULTILINE))
+    assert named
+    assert named <= set(commands)
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
+
+
+def test_linked_files_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).is_file(), link
+
+
+def test_the_table_of_the_demo_is_the_recorded_one() -> None:
+    models = json.loads(DEMO.read_text())["models"]
+    for name, result in models.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        rotation = result["rotation"]
+        assert cells == [
+            f"{result['parameters']:,}",
+            f"{100 * result['accuracy']:.1f} %",
+            f"{result['auc'][-1]:.3f}",
+            f"{rotation['std_45']:.2f}",
+            f"{rotation['residual_group']:.1e}",
+            f"{result['seconds']:.0f}",
+        ]
