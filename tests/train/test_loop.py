@@ -53,7 +53,13 @@ def test_run_learns_and_leaves_a_whole_folder(
     assert folder == tmp_path / "run"
     assert json.loads((folder / "metrics.json").read_text()) == result.history
     assert TrainConfig.from_file(folder / "config.toml") == run
-    assert {p.name for p in folder.iterdir()} == {"config.toml", "metrics.json", "best", "last"}
+    assert {p.name for p in folder.iterdir()} == {
+        "config.toml",
+        "classes.json",
+        "metrics.json",
+        "best",
+        "last",
+    }
     best = evaluate(eqcvt.load_model(folder / "best"), load(run.val_data or ""), device="cpu")
     row = result.history[result.best_epoch - 1]
     assert best["accuracy"] == row["val_accuracy"]
