@@ -19,7 +19,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     Args:
         num_features: channels or fields ``F``.
         eps: added to the variance.
-        momentum: weight of the newest batch in the running statistics.
+        momentum: weight of the newest batch in the running statistics; None averages all batches.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -29,7 +29,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
         super().__init__(num_features, eps, momentum)
 
     @property
@@ -39,10 +39,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def track(self, mean: Tensor, variance: Tensor) -> None:
         """Update the running statistics with a batch's mean and unbiased variance ``[F]``."""
-        assert self.momentum is not None
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
         self.num_batches_tracked.add_(1)
+        for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
+            if self.momentum is None:
+                running.lerp_(
+                    batch.to(running.dtype), 1 / self.num_batches_tracked.to(running.dtype)
+                )
+            else:
+                running.lerp_(batch.to(running.dtype), self.momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` ``[B, F, ...]``."""

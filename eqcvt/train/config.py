@@ -43,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "amp": "off",
         "ema": 0.0,
         "clip": 0.0,
+        "recalibrate": 0,
     },
 }
 
@@ -71,6 +72,9 @@ class TrainConfig:
         amp: ``off`` | ``bf16`` | ``fp16`` (the last with loss scaling, on a GPU only).
         ema: decay of the averaged weights, per step, 0 for none. The averaged weights are then
             the ones validated and saved as the model.
+        recalibrate: training batches on which the running statistics of batch norm are estimated
+            anew before each validation, 0 to keep the running ones. In short runs these lag behind
+            the weights, and validation then looks worse than the model is.
         early_stopping: epochs without a better validation result before stopping, 0 for never.
         augment: ``rotate`` (any angle) | ``dihedral`` (exact quarter turns and flips) | ``none``.
         supersample: how many times larger the image is while ``rotate`` turns it.
@@ -103,6 +107,7 @@ class TrainConfig:
     clip: float = 0.0
     amp: str = "off"
     ema: float = 0.0
+    recalibrate: int = 32
     early_stopping: int = 0
     augment: str = "rotate"
     supersample: int = 3
@@ -305,6 +310,7 @@ _CHECKS: dict[str, Check] = {
     "clip": _number(0),
     "amp": _one_of(AMP),
     "ema": fraction,
+    "recalibrate": _integer(0),
     "early_stopping": _integer(0),
     "augment": _one_of(AUGMENT),
     "supersample": _integer(1),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import update_bn
 
 from eqcvt._files import replacing
 from eqcvt.data import Augment, Batches, LensingImages
@@ -153,7 +155,8 @@ class _Run:
         if self.config.sync_batch_norm and self.process.world_size > 1:
             from eqcvt.nn import set_sync_batch_norm
 
-            set_sync_batch_norm(self.state.model, torch.distributed.group.WORLD)
+            for model in {self.state.model, self.state.validated}:
+                set_sync_batch_norm(model, torch.distributed.group.WORLD)
         self.net: Any = self.process.wrap(self.state.model)
         if self.config.compile:
             self.net = torch.compile(self.net)
@@ -200,6 +203,8 @@ class _Run:
         start, progress, process = time.perf_counter(), self.state.progress, self.process
         train_loss, lr = self._train()
         trained = time.perf_counter() - start
+        if self.config.recalibrate:
+            self._recalibrate()
         logits = self._validate()
         val_loss = float(F.cross_entropy(logits.double(), self.labels))
         if not math.isfinite(val_loss):
@@ -274,6 +279,13 @@ class _Run:
         if state.average is not None:
             state.average.update_parameters(state.model)
         return loss.detach()
+
+    def _recalibrate(self) -> None:
+        """Estimate the running statistics of the model to validate on training batches."""
+        model = self.state.validated
+        batches = islice(self.batches, self.config.recalibrate)
+        with torch.no_grad():
+            update_bn((self.augment(model_input(model, x)) for x, _ in batches), model)
 
     def _validate(self) -> Tensor:
         """The logits of all validation images, [N, K] on the CPU; each process makes its share."""

@@ -36,8 +36,10 @@ def test_statistics_of_half_precision_are_float32() -> None:
     torch.testing.assert_close(mean, x.float().mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
 
 
-def test_module_keeps_the_state_and_values_of_torch_s() -> None:
-    ours, torchs = nn.BatchNorm(3).double(), torch.nn.BatchNorm3d(3).double()
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_module_keeps_the_state_and_values_of_torch_s(momentum: float | None) -> None:
+    ours = nn.BatchNorm(3, momentum=momentum).double()
+    torchs = torch.nn.BatchNorm3d(3, momentum=momentum).double()
     torchs.load_state_dict(ours.state_dict())
     for _ in range(3):
         x = torch.randn(4, 3, 2, 5, 5, dtype=torch.float64)

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import eqcvt
-from eqcvt.data import LensingImages, load
+from eqcvt import ops
+from eqcvt.data import LensingImages, load, to_unit
+from eqcvt.nn import SteerableLift
 from eqcvt.train import TrainConfig, evaluate, train
 from eqcvt.train import loop as training_loop
 from eqcvt.train.schedule import learning_rate
@@ -136,7 +138,7 @@ def test_average_follows_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return loss
 
     monkeypatch.setattr(training_loop._Run, "_step", record)
-    train(config(tmp_path, epochs=1, ema=decay), quiet=True)
+    train(config(tmp_path, epochs=1, ema=decay, recalibrate=0), quiet=True)
     saved = load_file(tmp_path / "run" / "last" / "model.safetensors")
     state = load_file(tmp_path / "run" / "last" / "training_state.safetensors")
     checked = 0
@@ -152,6 +154,23 @@ def test_average_follows_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checked > 10
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_recalibrated_statistics_are_those_of_the_training_images(
+    tmp_path: Path, ema: float
+) -> None:
+    run = config(tmp_path, batch_size=12, augment="none", recalibrate=99, ema=ema)
+    train(run, quiet=True)
+    model = eqcvt.load_model(tmp_path / "run" / "last")
+    assert isinstance(model, eqcvt.EqCvT)
+    block = model.lift[0]
+    assert isinstance(block, SteerableLift)
+    images = to_unit(torch.from_numpy(load(run.data).images)) * block.mask
+    u = ops.lift_conv2d(images, block.bank(), padding=block.padding)
+    torch.testing.assert_close(block.norm.running_mean, u.mean((0, 2, 3, 4)), rtol=1e-4, atol=1e-6)
+    assert block.norm.num_batches_tracked == 2
+    assert block.norm.momentum == 0.1
+
+
 def test_best_epoch_and_early_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.from_numpy(load(config(tmp_path).val_data or "").labels).long()
     sign = 2.0 * torch.nn.functional.one_hot(labels, 2) - 1
@@ -160,7 +179,7 @@ def test_best_epoch_and_early_stopping(tmp_path: Path, monkeypatch: pytest.Monke
     # Accuracy, then loss: worse, best, same accuracy with a higher loss, with a lower one, worse...
     script = iter([wrong, sign, 0.5 * sign, 2 * sign, wrong, wrong, 3 * sign])
     monkeypatch.setattr(training_loop._Run, "_validate", lambda self: next(script).double())
-    run = config(tmp_path, epochs=7, early_stopping=2)
+    run = config(tmp_path, epochs=7, early_stopping=2, recalibrate=0)
     result = train(run, quiet=True)
     assert result.stopped_early
     assert (result.best_epoch, result.best_accuracy, len(result.history)) == (4, 1.0, 6)
