@@ -1,7 +1,7 @@
 """Lensing images: simulation, files, batches, augmentation, contact sheets."""
 
-from .augment import MODES, Augment, rotate
-from .config import (
+from eqcvt.data.augment import MODES, Augment, rotate
+from eqcvt.data.config import (
     PRESETS,
     Camera,
     Cosmology,
@@ -11,12 +11,12 @@ from .config import (
     Subhalos,
     resolve,
 )
-from .files import LensingImages, load, split, to_unit
-from .folders import read_image
-from .loader import Batches
-from .render import Renderer, generate
-from .sheet import contact_sheet
-from .simulate import simulate
+from eqcvt.data.files import LensingImages, load, split, to_unit
+from eqcvt.data.folders import read_image
+from eqcvt.data.loader import Batches
+from eqcvt.data.render import Renderer, generate
+from eqcvt.data.sheet import contact_sheet
+from eqcvt.data.simulate import simulate
 
 __all__ = [
     "MODES",

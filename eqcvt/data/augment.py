@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._check import choice, integer
+from eqcvt._check import choice, integer
 
 MODES = ("rotate", "dihedral", "none")
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from .._check import choice, integer
+from eqcvt._check import choice, integer
 
 Range = tuple[float, float]
 STRUCTURES = ("none", "point", "tnfw", "line")

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .._check import fraction as check_fraction
-from .._check import integer
-from .._files import replacing
+from eqcvt._check import fraction as check_fraction
+from eqcvt._check import integer
+from eqcvt._files import replacing
 
 _PARAMETER = "parameter_"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
@@ -142,7 +142,7 @@ def load(path: str | Path, split: str | None = None) -> LensingImages:
         FileNotFoundError: Nothing there.
         ValueError, TypeError: A file that cannot be read or does not fit; it is named.
     """
-    from .folders import SPLITS, read_folder
+    from eqcvt.data.folders import SPLITS, read_folder
 
     path = Path(path)
     if not path.exists():

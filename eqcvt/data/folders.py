@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .files import LensingImages, join, read_array
+from eqcvt.data.files import LensingImages, join, read_array
 
 SPLITS = ("train", "val")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")

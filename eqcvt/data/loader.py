@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._check import integer
-from .files import LensingImages
+from eqcvt._check import integer
+from eqcvt.data.files import LensingImages
 
 
 class Batches:

@@ -1,6 +1,7 @@
 """Images of scenes, ray-traced with caustics (extra ``sim``) in float64, one at a time.
 
-The column of a pixel grows with x and its row with y; the lens is at the middle of the image.
+x grows along the columns and y falls along the rows, so that a picture of the array shows y
+upwards; the lens is at the middle of the image.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .config import Camera, Light, SimulationConfig
-from .files import LensingImages
-from .scene import Floats, Scene, distances, draw, noise_map
+from eqcvt.data.config import Camera, Light, SimulationConfig
+from eqcvt.data.files import LensingImages
+from eqcvt.data.scene import Floats, Scene, distances, draw, noise_map
 
 # Keeps a ray that meets a singular centre exactly finite; far below any other length here.
 _SOFTENING = 1e-9
@@ -54,7 +55,7 @@ def _rays(camera: Camera) -> tuple[Tensor, Tensor]:
     count = (camera.size + 2 * margin) * camera.oversampling
     step = camera.pixel_scale / camera.oversampling
     line = (torch.arange(count, dtype=torch.float64) - (count - 1) / 2) * step
-    y, x = torch.meshgrid(line, line, indexing="ij")
+    y, x = torch.meshgrid(-line, line, indexing="ij")
     return x.contiguous(), y.contiguous()
 
 

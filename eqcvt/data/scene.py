@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .config import Cosmology, SimulationConfig, Subhalos
+from eqcvt.data.config import Cosmology, SimulationConfig, Subhalos
 
 Floats = npt.NDArray[np.float64]
 _MACRO, _SUBHALOS, _NOISE = 0, 1, 2

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .._check import integer
-from .files import LensingImages
+from eqcvt._check import integer
+from eqcvt.data.files import LensingImages
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +76,7 @@ def contact_sheet(
 def _colour_table(name: str) -> npt.NDArray[np.uint8]:
     from matplotlib import colormaps
 
-    from .._check import choice
+    from eqcvt._check import choice
 
     shades = colormaps[choice("colours", name, list(colormaps))](np.linspace(0, 1, 256))
     return np.asarray(np.rint(shades[:, :3] * 255), dtype=np.uint8)

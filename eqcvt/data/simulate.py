@@ -27,11 +27,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .._check import choice, integer
-from .._files import replacing
-from .config import SimulationConfig, resolve
-from .files import LensingImages, join, load
-from .render import caustics, generate
+from eqcvt._check import choice, integer
+from eqcvt._files import replacing
+from eqcvt.data.config import SimulationConfig, resolve
+from eqcvt.data.files import LensingImages, join, load
+from eqcvt.data.render import caustics, generate
 
 CHUNK = 64
 DTYPES = ("uint8", "float32")

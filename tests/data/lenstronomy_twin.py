@@ -44,9 +44,9 @@ def render(renderer: Renderer, scene: Scene) -> np.ndarray:
     grid = PixelGrid(
         nx=count,
         ny=count,
-        transform_pix2angle=np.eye(2) * camera.pixel_scale,
+        transform_pix2angle=np.diag([1, -1]) * camera.pixel_scale,
         ra_at_xy_0=corner,
-        dec_at_xy_0=corner,
+        dec_at_xy_0=-corner,
     )
     kernel = np.outer(psf(camera), psf(camera))
     gamma, phi = macro["shear"], macro["shear_angle"]

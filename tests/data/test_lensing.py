@@ -54,6 +54,17 @@ def test_full_size_image_agrees_with_lenstronomy():
     assert np.abs(ours - theirs).max() < 1e-4 * theirs.max()
 
 
+def test_y_points_up_and_x_to_the_right():
+    config = resolve("deeplense", size=33, overrides={"source.intensity": 0})
+    renderer = Renderer(config)
+    scene = renderer.scene(0, 0)
+    scene.macro.update(lens_x=1.0, lens_y=2.0)
+    row, column = np.unravel_index(renderer.render(scene).argmax(), (33, 33))
+    scale = config.camera.pixel_scale
+    assert (column - 16) * scale == pytest.approx(1.0, abs=scale)
+    assert (16 - row) * scale == pytest.approx(2.0, abs=scale)
+
+
 def test_mass_inside_the_einstein_radius_is_right():
     # pi R^2 Sigma_cr for 1.2" between z = 0.5 and 1.0, from astropy's constants and distances.
     from astropy import constants, units
