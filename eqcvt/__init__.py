@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from eqcvt import convert, nn, ops
 from eqcvt.models import CvT, EqCvT, create_model, list_models, load_model
 from eqcvt.ops import use_backend
 
@@ -14,8 +15,11 @@ __all__ = [
     "CvT",
     "EqCvT",
     "__version__",
+    "convert",
     "create_model",
     "list_models",
     "load_model",
+    "nn",
+    "ops",
     "use_backend",
 ]
