@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from eqcvt import load_model, plots, report
 from eqcvt.data import load, simulate
+from eqcvt.models import VisionModel
 from eqcvt.train import TrainConfig, train
 from eqcvt.train.distributed import resolve_device
 
@@ -155,7 +154,7 @@ def _train(demo: Demo, name: str, data: Path, say: Callable[[str], None]) -> lis
 
 
 def _evaluate(
-    demo: Demo, models: Mapping[str, nn.Module], test: Path, say: Callable[[str], None]
+    demo: Demo, models: Mapping[str, VisionModel], test: Path, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Evaluate the models; results newer than model and images are taken from disk."""
     data, device, results = load(test), resolve_device(demo.device), {}
@@ -172,7 +171,7 @@ def _evaluate(
 
 def _draw(
     demo: Demo,
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, VisionModel],
     results: Mapping[str, Mapping[str, Any]],
     histories: Mapping[str, list[dict[str, Any]]],
     sets: Mapping[str, Path],

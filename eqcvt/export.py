@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eqcvt import use_backend
 from eqcvt._check import choice
 from eqcvt._files import replacing
+from eqcvt.models import VisionModel
 
 FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
 CHECKED_BATCHES = (1, 2, 5)
@@ -41,7 +41,7 @@ class Exported:
     scale: float
 
 
-def export(model: nn.Module, path: str | Path, *, tolerance: float = 1e-4) -> Exported:
+def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> Exported:
     """Write ``model`` in eval mode with a free batch size, and check what was written.
 
     The file takes float32 images ``[B, C, H, W]`` in [0, 1] and gives logits ``[B, K]``. The plain
@@ -63,17 +63,15 @@ def export(model: nn.Module, path: str | Path, *, tolerance: float = 1e-4) -> Ex
     """
     path = Path(path)
     kind = FORMATS[choice("the export's ending", path.suffix, FORMATS)]
-    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
-    channels, size = int(config["in_channels"]), config["image_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels, side = model.config["in_channels"], model.config["image_size"]
     frozen = copy.deepcopy(model).to("cpu", torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     draw: Callable[[int], Tensor] = lambda batch: torch.rand(  # noqa: E731
-        (batch, channels, height, width), generator=generator
+        (batch, channels, side, side), generator=generator
     )
     write = _write_program if path.suffix == ".pt2" else _write_onnx
     with replacing(path) as temporary, torch.no_grad(), use_backend("reference"):
-        run = write(frozen, draw(2), temporary, json.dumps(config))
+        run = write(frozen, draw(2), temporary, json.dumps(model.config))
         difference = scale = 0.0
         for batch in CHECKED_BATCHES:
             images = draw(batch)
@@ -89,7 +87,7 @@ def export(model: nn.Module, path: str | Path, *, tolerance: float = 1e-4) -> Ex
 
 
 def _write_program(
-    model: nn.Module, images: Tensor, path: Path, config: str
+    model: VisionModel, images: Tensor, path: Path, config: str
 ) -> Callable[[Tensor], Tensor]:
     """Write a ``torch.export`` program and return the reloaded one as a function."""
     batch = torch.export.Dim("batch", min=1)
@@ -102,7 +100,7 @@ def _write_program(
 
 
 def _write_onnx(
-    model: nn.Module, images: Tensor, path: Path, config: str
+    model: VisionModel, images: Tensor, path: Path, config: str
 ) -> Callable[[Tensor], Tensor]:
     """Write an ONNX graph and return it, loaded by onnxruntime, as a function."""
     try:

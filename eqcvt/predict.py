@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from eqcvt._check import choice, integer
 from eqcvt._files import replacing
 from eqcvt.data import read_image, to_unit
 from eqcvt.data.files import read_array
+from eqcvt.models import VisionModel
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 FITS = ("crop", "pad", "resize", "refuse")
@@ -130,7 +131,7 @@ def fit_image(image: Tensor, size: int, how: str = "crop") -> tuple[Tensor, str]
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
+    model: VisionModel,
     paths: Sequence[str | Path],
     *,
     classes: Sequence[str] = (),
@@ -151,9 +152,8 @@ def predict(
     Raises:
         ValueError, FileNotFoundError: as ``find_images``, ``read_images`` and ``fit_image`` say.
     """
-    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
-    size, channels = square_size(config), int(config["in_channels"])
-    names = list(classes) or [f"class {k}" for k in range(int(config["num_classes"]))]
+    size, channels = model.config["image_size"], model.config["in_channels"]
+    names = list(classes) or [f"class {k}" for k in range(model.num_classes)]
     integer("batch_size", batch_size)
     choice("fit", fit, FITS)
     files = find_images(paths)
@@ -192,7 +192,7 @@ def write_predictions(predictions: Sequence[Prediction], path: str | Path) -> Pa
 
 
 def _run(
-    model: nn.Module,
+    model: VisionModel,
     waiting: Sequence[tuple[str, Tensor, str]],
     classes: Sequence[str],
     device: str | torch.device,
@@ -227,16 +227,3 @@ def _read_archive(path: Path) -> NDArray[Any]:
     if array.dtype not in (np.uint8, np.float32):
         raise ValueError(f"{path}: images must be uint8 or floating, got {array.dtype}")
     return array
-
-
-def square_size(config: Mapping[str, Any]) -> int:
-    """Return the side in pixels of the images a model takes.
-
-    Raises:
-        ValueError: a model for images that are not square.
-    """
-    size = config["image_size"]
-    sides = {int(s) for s in size} if isinstance(size, (list, tuple)) else {int(size)}
-    if len(sides) != 1:
-        raise ValueError(f"the model takes images of {size} pixels; only square ones are served")
-    return sides.pop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from rich import box
 from rich.table import Table
-from torch import nn
 
 import eqcvt
 from eqcvt import plots
 from eqcvt._files import replacing
 from eqcvt.data import LensingImages, to_unit
+from eqcvt.models import VisionModel
 from eqcvt.train import evaluate, logits_over_angles, predict_logits
 
 Progress = Callable[[str], None]
 
 
 def evaluate_models(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, VisionModel],
     data: LensingImages,
     *,
     device: str | torch.device = "cpu",
@@ -46,19 +46,18 @@ def evaluate_models(
     return results
 
 
-def check_fit(name: str, model: nn.Module, data: LensingImages) -> None:
+def check_fit(name: str, model: VisionModel, data: LensingImages) -> None:
     """Refuse images whose channels, size or classes are not the model's.
 
     Raises:
         ValueError: naming both.
     """
-    config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
-    size = config["image_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    config = model.config
+    side = config["image_size"]
     for what, given, taken in (
         ("channels", data.channels, config["in_channels"]),
         ("classes", len(data.classes), config["num_classes"]),
-        ("pixels", "x".join(map(str, data.size)), f"{height}x{width}"),
+        ("pixels", "x".join(map(str, data.size)), f"{side}x{side}"),
     ):
         if given != taken:
             raise ValueError(f"{name} takes images with {taken} {what}, the data have {given}")
@@ -98,7 +97,7 @@ def one_of_each(data: LensingImages) -> list[int]:
 
 
 def draw(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, VisionModel],
     results: Mapping[str, Mapping[str, Any]],
     data: LensingImages,
     out: Path,
@@ -171,7 +170,7 @@ def draw(
 
 def _draw_attention(
     name: str,
-    model: nn.Module,
+    model: VisionModel,
     data: LensingImages,
     path: Path,
     device: str | torch.device,
@@ -180,9 +179,10 @@ def _draw_attention(
     index = one_of_each(data)[-1]
     image = to_unit(torch.from_numpy(data.subset([index]).images)).to(device)
     with torch.no_grad():
-        maps = model.attention_maps(image)  # type: ignore[operator]
-    grids: Sequence[Any] = model.token_grids  # type: ignore[assignment]
-    figure = plots.attention_maps(image[0], maps, grids, pixel_scale=pixel_scale(data), title=name)
+        maps = model.attention_maps(image)
+    figure = plots.attention_maps(
+        image[0], maps, model.token_grids, pixel_scale=pixel_scale(data), title=name
+    )
     plots.save(figure, path)
 
 

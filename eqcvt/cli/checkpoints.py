@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+
+from eqcvt.models import VisionModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Loaded:
         device: where the model is.
     """
 
-    model: nn.Module
+    model: VisionModel
     name: str
     folder: Path
     run: Path | None

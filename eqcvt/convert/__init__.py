@@ -18,8 +18,7 @@ from eqcvt.convert.author import AuthorModel, export_model, live_settings
 from eqcvt.convert.build import Settings, build_model
 from eqcvt.convert.files import read_state
 from eqcvt.convert.layout import read_layout
-from eqcvt.models import CvT, EqCvT
-from eqcvt.models._base import VisionModel
+from eqcvt.models import CvT, EqCvT, VisionModel
 
 __all__ = ["AuthorModel", "from_escnn", "load_published", "to_escnn"]
 

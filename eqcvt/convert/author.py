@@ -11,7 +11,7 @@ from eqcvt.convert.build import Settings
 from eqcvt.convert.filters import LARGEST_RESIDUAL, solve
 from eqcvt.convert.layout import WEIGHTS, Layout, read_layout
 from eqcvt.groups import Group, lifting_basis
-from eqcvt.models._base import VisionModel
+from eqcvt.models import VisionModel
 from eqcvt.nn import Stage
 from eqcvt.ops import filter_bank
 

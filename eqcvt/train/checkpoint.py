@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from eqcvt._files import replacing_folder
-from eqcvt.models._base import VisionModel
+from eqcvt.models import VisionModel
 from eqcvt.train.config import TrainConfig
 
 FORMAT = 1

@@ -9,8 +9,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eqcvt.data import LensingImages, load, split
-from eqcvt.models import create_model
-from eqcvt.models._base import VisionModel
+from eqcvt.models import VisionModel, create_model
 from eqcvt.train.config import SPLIT_SEED, TrainConfig
 
 SPLITS = ("train", "val")
