@@ -1,9 +1,8 @@
-"""Conversion of published state dicts and live models: every key, every size, every error."""
+"""Conversion of published state dicts and live models: every key and every size."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,138 +11,26 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eqcvt import CvT, EqCvT, load_model
 from eqcvt.convert import from_escnn, load_published, to_escnn
 from eqcvt.groups import Group, lifting_basis
 from eqcvt.nn import Stage
 from eqcvt.ops import blur_kernel, circular_mask
-
-State = dict[str, Tensor]
-needs_escnn = pytest.mark.needs("escnn")
-SAMPLED = "block1.1._basisexpansion.block_expansion_('irrep_0', 'regular').sampled_basis"
-SMALL: dict[str, Any] = {"image_size": 33, "fields": 3}
-SMALL_STAGES = [
-    Stage(8, 1, 2, 4, mlp_ratio=27 / 8),
-    # 15 hidden channels of 11, a quotient that rounds down so that 15 / 11 * 11 gives 14.
-    Stage(11, 2, 1, 8, 5, 1, mlp_ratio=15 / 11, kernel_size=5, kv_stride=1),
-]
-
-
-def norm(state: State, name: str, size: int) -> None:
-    """Add a batch norm that has seen data."""
-    state[f"{name}.weight"] = torch.rand(size) + 0.5
-    state[f"{name}.bias"] = torch.randn(size) * 0.2
-    state[f"{name}.running_mean"] = torch.randn(size) * 0.2
-    state[f"{name}.running_var"] = torch.rand(size) + 0.5
-    state[f"{name}.num_batches_tracked"] = torch.tensor(7)
-
-
-def filled(state: State, shapes: dict[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
-        fan_in = max(1, torch.Size(shape[1:]).numel())
-        state[name] = torch.randn(shape) * fan_in**-0.5
-
-
-def stage_state(
-    s: int, in_channels: int, kernel: int, dim: int, heads: int, depth: int, ratio: int
-) -> State:
-    """Return the entries of one stage, names and shapes as the author's state dicts have them."""
-    state: State = {}
-    filled(state, {f"layers.{s}.0.weight": (dim, in_channels, kernel, kernel)})
-    width, column = 64 * heads, (1, dim, 1, 1)
-    filled(state, {f"layers.{s}.0.bias": (dim,), f"layers.{s}.1.g": column})
-    filled(state, {f"layers.{s}.1.b": column})
-    for i in range(depth):
-        p = f"layers.{s}.2.layers.{i}"
-        filled(state, {f"{p}.0.norm.g": column, f"{p}.0.norm.b": column})
-        filled(state, {f"{p}.0.fn.to_q.net.0.weight": (dim, 1, 3, 3)})
-        norm(state, f"{p}.0.fn.to_q.net.1", dim)
-        filled(state, {f"{p}.0.fn.to_q.net.2.weight": (width, dim, 1, 1)})
-        filled(state, {f"{p}.0.fn.to_kv.net.0.weight": (dim, 1, 3, 3)})
-        norm(state, f"{p}.0.fn.to_kv.net.1", dim)
-        filled(state, {f"{p}.0.fn.to_kv.net.2.weight": (2 * width, dim, 1, 1)})
-        filled(state, {f"{p}.0.fn.to_out.0.weight": (dim, width, 1, 1)})
-        filled(state, {f"{p}.0.fn.to_out.0.bias": (dim,)})
-        filled(state, {f"{p}.1.norm.g": column, f"{p}.1.norm.b": column})
-        filled(state, {f"{p}.1.fn.net.0.weight": (ratio * dim, dim, 1, 1)})
-        filled(state, {f"{p}.1.fn.net.0.bias": (ratio * dim,)})
-        filled(state, {f"{p}.1.fn.net.3.weight": (dim, ratio * dim, 1, 1)})
-        filled(state, {f"{p}.1.fn.net.3.bias": (dim,)})
-    return state
-
-
-def head_state(first: int, dim: int, hidden: int, classes: int) -> State:
-    state: State = {}
-    filled(state, {f"layers.{first}.weight": (hidden, dim), f"layers.{first}.bias": (hidden,)})
-    norm(state, f"layers.{first + 1}", hidden)
-    filled(state, {f"layers.{first + 3}.weight": (classes, hidden)})
-    filled(state, {f"layers.{first + 3}.bias": (classes,)})
-    return state
-
-
-def published_eqcvt(channels: int = 1, size: int = 129, *, shuffled: bool = False) -> State:
-    """Return a state dict with the keys and shapes of the author's EqCvT.
-
-    With ``shuffled`` the stored basis has other signs and another order than ours, as e2cnn's has.
-    """
-    basis = lifting_basis("C4", 7)
-    if shuffled:
-        signs = torch.randint(0, 2, (18, 1, 1, 1)) * 2 - 1
-        basis = (basis * signs)[torch.randperm(18)]
-    weights = torch.randn(10, channels, 18) * (18 * channels) ** -0.5
-    bank = torch.einsum("fcb,bgij->fgcij", weights.double(), basis)
-    state = {
-        "block1.0.mask": circular_mask(size).float()[None, None],
-        "block1.1.weights": weights.flatten(),
-        "block1.1.filter": bank.reshape(40, channels, 7, 7).float(),
-        SAMPLED: basis.reshape(18, 4, 1, 49).float(),
-        "block1.1._basisexpansion.in_indices_('irrep_0', 'regular')": torch.tensor([0, 1, 1]),
-        "block1.1._basisexpansion.out_indices_('irrep_0', 'regular')": torch.tensor([0, 40, 40]),
-        "block1.2.indices_4": torch.tensor([0, 40]),
-    }
-    norm(state, "block1.2.batch_norm_[4]", 10)
-    state["pool1.filter"] = blur_kernel(0.66).float().expand(40, 1, 5, 5).clone()
-    state["gpool.in_indices_4"] = torch.tensor([0, 40])
-    state["gpool.out_indices_4"] = torch.tensor([0, 10])
-    return {**state, **stage_state(0, 10, 3, 32, 3, 2, 2), **head_state(3, 32, 64, 2)}
-
-
-def published_cvt() -> State:
-    """Return a state dict with the keys and shapes of the author's two-stage CvT."""
-    first = stage_state(0, 1, 7, 64, 2, 2, 4)
-    return {**first, **stage_state(1, 64, 3, 128, 3, 1, 4), **head_state(4, 128, 128, 2)}
-
-
-def saved(state: object, path: Path) -> Path:
-    torch.save(state, path)
-    return path
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Give every entry of a model values of its own, statistics included."""
-    for name, value in model.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 2)
-        elif value.is_floating_point() and value.dim() < 2:
-            value.add_(torch.randn_like(value) * 0.2)
-        elif not value.is_floating_point():
-            value.fill_(7)
-    return model
-
-
-@torch.no_grad()
-def difference(a: nn.Module, b: nn.Module, channels: int, size: int) -> float:
-    x = torch.rand(2, channels, size, size)
-    return float((a(x) - b(x)).abs().max())
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> float:
-    """Return the largest difference of two models' entries, which must have the same names."""
-    left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys()
-    return max(float((left[k].double() - right[k].double()).abs().max()) for k in left)
+from tests.published import (
+    SAMPLED,
+    SMALL,
+    SMALL_STAGES,
+    State,
+    difference,
+    needs_escnn,
+    published_cvt,
+    published_eqcvt,
+    randomised,
+    same_weights,
+    saved,
+)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -307,208 +194,6 @@ def test_arguments_say_what_shapes_do_not(tmp_path: Path) -> None:
     assert [(s["embed_stride"], s["kv_stride"]) for s in stages] == [(2, 1), (2, 1)]
     assert model.config["dropout"] == 0.3
     assert [s["heads"] for s in load_published(path, head_dim=32).config["stages"]] == [4, 6]
-
-
-def edited(**changes: Tensor | None) -> Callable[[State], State]:
-    """Return a function that sets (or with None removes) entries, ``__`` standing for a dot."""
-
-    def edit(state: State) -> State:
-        for name, value in changes.items():
-            state[name.replace("__", ".")] = value  # type: ignore[assignment]
-        return {key: value for key, value in state.items() if value is not None}
-
-    return edit
-
-
-def renamed(old: str, new: str) -> Callable[[State], State]:
-    return lambda state: {(new if key == old else key): v for key, v in state.items()}
-
-
-def broken_filter(state: State) -> State:
-    state["block1.1.filter"] += torch.randn(40, 1, 7, 7) * 0.1
-    return state
-
-
-def wide_filter(state: State) -> State:
-    """Turned copies of filters with values everywhere, outside of the band limit."""
-    base = torch.randn(10, 1, 7, 7)
-    turned = torch.stack([torch.rot90(base, g, (-2, -1)) for g in range(4)], 1)
-    state["block1.1.filter"] = turned.flatten(0, 1)
-    return state
-
-
-def clockwise_filter(state: State) -> State:
-    bank = state["block1.1.filter"].reshape(10, 4, 1, 7, 7)
-    state["block1.1.filter"] = bank[:, [0, 3, 2, 1]].flatten(0, 1)
-    return state
-
-
-@pytest.mark.filterwarnings("ignore:.*the filter is taken")
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (
-            renamed("layers.0.1.g", "layers.0.1.gg"),
-            r"missing 'layers.0.1.g' \(nearest there: 'layers.0.1.gg'\); "
-            r"unknown 'layers.0.1.gg' \(nearest known: 'layers.0.1.g'\)",
-        ),
-        (edited(layers__6__bias=None), "not an EqCvT .*missing 'layers.6.bias'"),
-        (edited(pool1__filter=None), "missing 'pool1.filter'"),
-        (edited(block1__0__mask=None), "missing 'block1.0.mask'"),
-        (edited(block1__1__weights=None), "missing 'block1.1.weights'"),
-        (edited(block1__1__bias=torch.zeros(10)), "unknown 'block1.1.bias'"),
-        (edited(pos_embed=torch.zeros(3)), "unknown 'pos_embed'$"),
-        (
-            lambda s: {k: v for k, v in s.items() if k not in (SAMPLED, "block1.1.filter")},
-            "missing 'block1.1.filter'",
-        ),
-        (
-            lambda s: {k: v for k, v in s.items() if "layers.0.2.layers.0" not in k},
-            r"missing 'layers.0.2.layers.0.0.fn.to_kv.net.0.weight'.* and 19 more",
-        ),
-        (
-            lambda s: {k: v for k, v in s.items() if ".layers." not in k},
-            "no transformer blocks .* its first keys are 'block1.0.mask'",
-        ),
-        (
-            edited(layers__6__weight=torch.zeros(2, 63)),
-            r"'layers.6.weight' has the shape \[2, 63\], but \[2, 64\] fits",
-        ),
-        (
-            edited(layers__3__weight=torch.zeros(64, 32, 1, 1)),
-            r"'layers.3.weight' has the shape \[64, 32, 1, 1\], expected \[E, D\]",
-        ),
-        (
-            edited(layers__0__0__bias=torch.zeros(31)),
-            r"'layers.0.0.bias' has the shape \[31\], but \[32\] fits",
-        ),
-        (
-            edited(block1__1__filter=torch.zeros(36, 1, 7, 7)),
-            r"'block1.1.filter' has the shape \[36, 1, 7, 7\], but 10 fields of 4 channels "
-            r"need \[40, C, k, k\]",
-        ),
-        (
-            edited(block1__1__filter=torch.zeros(40, 1, 5, 5)),
-            r"\[40, 1, 5, 5\], but 'block1.1.weights' and the stored basis make \[40, 1, 7, 7\]",
-        ),
-        (
-            edited(block1__1__weights=torch.zeros(181)),
-            r"'block1.1.weights' \[181\]; 10 fields need \[b, 4, 1, k \* k\]",
-        ),
-        (
-            lambda s: {
-                **{k: v for k, v in s.items() if k != SAMPLED},
-                "block1.1.filter": torch.randn(40, 1, 13, 13),
-            },
-            "kernel_size must be 3 to 11, got 13; the nearest is 11",
-        ),
-        (broken_filter, r"outside of our basis \(C4, 7x7\): .*residual is 0\.\d+, at most 0\.001"),
-        (broken_filter, "its channel 1 is not channel 0 turned by element 1 of C4"),
-        (clockwise_filter, "in another order of the group's elements"),
-        (wide_filter, "probably made with other rings, widths or frequency cut-off"),
-        (edited(block1__0__mask=torch.rand(1, 1, 33, 33)), "not a circular mask"),
-        (edited(block1__0__mask=torch.ones(1, 1, 33, 33)), "not a circular mask"),
-        (
-            edited(block1__0__mask=torch.ones(1, 1, 33, 34)),
-            r"'block1.0.mask' has the shape \[1, 1, 33, 34\], expected \[1, 1, H, H\]",
-        ),
-        (edited(pool1__filter=torch.ones(40, 1, 5, 5) / 25), "not one Gaussian blur"),
-        (
-            edited(layers__3__bias=torch.full((64,), torch.nan)),
-            r"'layers.3.bias' has values that are not finite",
-        ),
-        (lambda s: {**s, "epoch": 3}, "its entry 'epoch' is of type int, not a tensor"),
-        (lambda s: {**s, 3: torch.ones(1)}, "its entry 3 is of type Tensor, not a tensor with a n"),
-        (lambda s: [s], "holds list, not a state dict"),
-        (lambda s: {}, "holds an empty dict, not a state dict"),
-        (lambda s: torch.ones(3), "holds Tensor, not a state dict"),
-        (lambda s: EqCvT(**SMALL).state_dict(), "keys of an eqcvt checkpoint.*eqcvt.load_model"),
-    ],
-)
-def test_state_dicts_that_do_not_fit_are_refused(
-    tmp_path: Path, edit: Callable[[State], object], message: str
-) -> None:
-    path = saved(edit(published_eqcvt(size=33)), tmp_path / "author.pt")
-    with pytest.raises(ValueError, match=message) as error:
-        load_published(path)
-    assert str(path) in str(error.value)
-
-
-def test_cvt_with_a_missing_key_is_called_a_cvt(tmp_path: Path) -> None:
-    state = published_cvt()
-    del state["layers.1.1.b"]
-    with pytest.raises(ValueError, match=r"is not a CvT of .* missing 'layers.1.1.b'"):
-        load_published(saved(state, tmp_path / "cvt.pt"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"image_size": 65}, ValueError, "image_size=65 was asked for.* of 33x33 pixels"),
-        ({"head_dim": 60}, ValueError, "192 attention channels of stage 0 are not 3 heads of 60"),
-        ({"heads": 5}, ValueError, "192 attention channels of stage 0 are not 5 heads of 38"),
-        ({"heads": 3, "head_dim": 32}, ValueError, "not 3 heads of 32; give heads= or head_dim="),
-        ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
-        ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
-        ({"embed_stride": [2, 2]}, ValueError, "embed_stride must be one number or one for each"),
-        ({"embed_stride": 2.0}, TypeError, "embed_stride must be an integer, got float 2.0"),
-        ({"kv_stride": "2"}, TypeError, "kv_stride must be an integer, got str '2'"),
-        ({"dropout": 1.5}, ValueError, "dropout must lie in"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(
-    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    path = saved(published_eqcvt(size=33), tmp_path / "author.pt")
-    with pytest.raises(error, match=message):
-        load_published(path, **arguments)
-
-
-class _Code:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (print, ("this must never run",))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.pt", b"", "not a whole file of torch.save"),
-        ("a.pt", b"hello, this is text", "not a whole file of torch.save"),
-        ("a.pt", pickle.dumps(_Code(), 2), r"holds pickled code, which is not run.*state_dict\(\)"),
-        ("a.pt", pickle.dumps({"a": _Code()}, 2), "holds pickled code"),
-        ("a.safetensors", b"hello, this is text", "not a whole safetensors file"),
-    ],
-)
-def test_files_that_are_no_checkpoints_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        load_published(path)
-    assert str(path) in str(error.value)
-    assert capsys.readouterr().out == ""
-
-
-def test_missing_truncated_whole_model_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file .*none.pt"):
-        load_published(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match=r"is a folder; .*eqcvt.load_model"):
-        load_published(tmp_path)
-    path = saved(published_eqcvt(size=33), tmp_path / "a.pt")
-    whole = path.read_bytes()
-    for length in (10, 1000, len(whole) // 2, len(whole) - 10):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"a\.pt is not a whole file of torch\.save"):
-            load_published(path)
-    saved(nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match=r"a\.pt holds pickled code"):
-        load_published(path)
-    safetensors.torch.save_file(published_cvt(), tmp_path / "a.safetensors")
-    whole = (tmp_path / "a.safetensors").read_bytes()
-    (tmp_path / "a.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole safetensors file"):
-        load_published(tmp_path / "a.safetensors")
 
 
 @needs_escnn
