@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable
 
 
@@ -19,17 +21,36 @@ def choice(what: str, given: object, allowed: Iterable[str]) -> str:
 
 def integer(what: str, given: object, minimum: int = 1) -> int:
     """Return ``given`` if it is an integer of at least ``minimum``; otherwise raise."""
-    if isinstance(given, bool) or not isinstance(given, int):
+    try:
+        value = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        value = None
+    if value is None or isinstance(given, bool):
         raise TypeError(f"{what} must be an integer, got {type(given).__name__} {given!r}")
-    if given < minimum:
-        raise ValueError(f"{what} must be at least {minimum}, got {given}")
+    if value < minimum:
+        raise ValueError(f"{what} must be at least {minimum}, got {value}")
+    return value
+
+
+def number(what: str, given: object) -> float:
+    """Return ``given`` as a float if it is a finite number; otherwise raise."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{what} must be a number, got {type(given).__name__} {given!r}")
+    if not math.isfinite(given):
+        raise ValueError(f"{what} must be finite, got {given}")
+    return float(given)
+
+
+def boolean(what: str, given: object) -> bool:
+    """Return ``given`` if it is True or False; otherwise raise."""
+    if not isinstance(given, bool):
+        raise TypeError(f"{what} must be True or False, got {type(given).__name__} {given!r}")
     return given
 
 
 def fraction(what: str, given: object, *, below_one: bool = True) -> float:
     """Return ``given`` as a float in [0, 1) (or [0, 1]); otherwise raise."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise TypeError(f"{what} must be a number, got {type(given).__name__} {given!r}")
-    if not 0 <= given <= 1 or (below_one and given == 1):
+    value = number(what, given)
+    if not 0 <= value <= 1 or (below_one and value == 1):
         raise ValueError(f"{what} must lie in [0, 1{')' if below_one else ']'}, got {given}")
-    return float(given)
+    return value

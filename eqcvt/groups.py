@@ -58,7 +58,7 @@ class Group:
             ValueError: if it names no group of at most 16 elements.
         """
         if isinstance(name, Group):
-            return name
+            name = name.name
         if not isinstance(name, str):
             raise TypeError(
                 f"group must be a name such as 'C4', got {type(name).__name__} {name!r}"
@@ -287,7 +287,8 @@ def lifting_std(group: str | Group, kernel_size: int, in_channels: int) -> Tenso
     """Return the standard deviations ``[b]`` of escnn's He-style initialisation of a filter.
 
     Within one irreducible part of the output the weights share the variance 1 / (number of weights
-    that feed it), so each output channel's filter has an expected squared norm of 1.
+    that feed it). The expected squared norm of each output channel's filter is then the size of the
+    parts that are fed over the group's order: 1 for C4, less for larger groups and small filters.
     """
     std = _lifting(Group.from_name(group), kernel_size)[1]
     return torch.from_numpy(std / math.sqrt(in_channels))

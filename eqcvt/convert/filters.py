@@ -15,7 +15,7 @@ from eqcvt.ops import blur_kernel, circular_mask, filter_bank
 
 LARGEST_RESIDUAL = 1e-3
 _DISAGREEMENT = 1e-4
-_CONSTANTS = 1e-6  # stored constants are float32
+_CONSTANTS = 1e-6  # of float32
 AUTHOR_MASK, AUTHOR_BLUR = (1.0, 2.0), 0.66
 
 
@@ -158,6 +158,11 @@ def _stored_bank(
     return bank, sampled
 
 
+def _rounding(stored: Tensor) -> float:
+    """Return how far a constant from 0 to 1 may be off for the precision it is stored in."""
+    return max(_CONSTANTS, torch.finfo(stored.dtype).eps)
+
+
 def fit_mask(state: dict[str, Tensor], source: str) -> tuple[int, float, float]:
     """Return the size, margin (percent) and sigma (pixels) of the stored circular mask.
 
@@ -184,7 +189,7 @@ def fit_mask(state: dict[str, Tensor], source: str) -> tuple[int, float, float]:
             guesses += [(round(margin, 3), round(sigma, 3)), (margin, sigma)]
     for margin, sigma in guesses:
         made = circular_mask(size, margin=margin, sigma=sigma) if 0 <= margin < 100 else -stored
-        if (made - stored).abs().max() < _CONSTANTS:
+        if (made - stored).abs().max() < _rounding(state[MASK]):
             return size, margin, sigma
     raise ValueError(
         f"{source}: {MASK!r} is not a circular mask with a Gaussian edge "
@@ -209,7 +214,7 @@ def fit_blur(state: dict[str, Tensor], source: str) -> float:
             guesses += [round(sigma, 3), sigma]
         for sigma in guesses:
             made = blur_kernel(sigma)
-            if made.shape == kernel.shape and (made - stored).abs().max() < _CONSTANTS:
+            if made.shape == kernel.shape and (made - stored).abs().max() < _rounding(state[BLUR]):
                 return sigma
     raise ValueError(
         f"{source}: {BLUR!r} of shape {list(stored.shape)} is not one Gaussian blur of three "

@@ -13,7 +13,6 @@ MASK, WEIGHTS, FILTER, BLUR = "block1.0.mask", "block1.1.weights", "block1.1.fil
 _FRONT_NORM = re.compile(r"block1\.2\.batch_norm_\[(\d+)\]\.")
 _SAMPLED = re.compile(r"block1\.1\._basisexpansion\.block_expansion_\(.*\)\.sampled_basis")
 _BLOCK = re.compile(r"layers\.(\d+)\.2\.layers\.(\d+)\.")
-_INDICES = re.compile(r"(.*\.)?(in_|out_)?indices_[^.]*")
 _SHOWN = 5
 
 
@@ -107,8 +106,9 @@ def read_layout(state: dict[str, Tensor], source: str) -> Layout:
     Raises:
         ValueError: on missing or unknown keys, which are named with the nearest.
     """
-    for key in [k for k, v in state.items() if _INDICES.fullmatch(k) and not v.is_floating_point()]:
-        del state[key]
+    for key, value in list(state.items()):
+        if not value.is_floating_point() and not key.endswith(".num_batches_tracked"):
+            del state[key]
     if "pool1.0.filter" in state:
         state[BLUR] = state.pop("pool1.0.filter")
     if any(key.startswith(("stages.", "head.", "lift.")) for key in state):

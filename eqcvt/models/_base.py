@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -167,19 +168,26 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """Return each transformer block's softmax weights ``[B, heads, N, M]`` for images ``x``.
 
+        Computed as in evaluation, whatever mode the model is in.
         ``token_grids`` gives each stage's grids, by which ``N`` and ``M`` unfold into pictures.
         """
         self._check_input(x)
         maps = []
-        x = self.front(x)
-        for stage in self.stages:
-            assert isinstance(stage, TransformerStage)
-            x = stage.embed(x)
-            for block in stage.blocks:
-                attention = block.attention
-                assert isinstance(attention, ConvAttention)
-                maps.append(attention.weights(x))
-                x = block(x)
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            x = self.front(x)
+            for stage in self.stages:
+                assert isinstance(stage, TransformerStage)
+                x = stage.embed(x)
+                for block in stage.blocks:
+                    attention = block.attention
+                    assert isinstance(attention, ConvAttention)
+                    maps.append(attention.weights(x))
+                    x = block(x)
+        finally:
+            for module, training in modes:
+                module.training = training
         return maps
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -232,6 +240,30 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         self.save_pretrained(save_directory)
 
     @classmethod
+    def from_pretrained(
+        cls: type[M], pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> M:
+        """Load a model of this class from a folder, or from the Hugging Face Hub by ``owner/name``.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the Hub's name.
+            kwargs: arguments of the constructor, ``map_location``, ``strict``, and those of
+                ``huggingface_hub``.
+
+        Raises:
+            FileNotFoundError: if it looks like a folder and there is none.
+            ValueError: if a file is damaged or holds another class.
+        """
+        name = str(pretrained_model_name_or_path)
+        local = isinstance(pretrained_model_name_or_path, Path) or not re.fullmatch(
+            r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name
+        )
+        if local and not os.path.isdir(name):
+            raise FileNotFoundError(f"there is no folder {name} to load a model from")
+        model: M = super().from_pretrained(name, **kwargs)
+        return model
+
+    @classmethod
     def _from_pretrained(
         cls: type[M],
         *,
@@ -242,6 +274,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         local_files_only: bool,
         token: str | bool | None,
         map_location: str = "cpu",
+        strict: bool = True,
         **model_kwargs: Any,
     ) -> M:
         local = os.path.isdir(model_id)
@@ -268,7 +301,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
                 f"eqcvt.load_model loads either"
             )
         model = cls(**model_kwargs).to(map_location)
-        model.load_state_dict(read_weights(paths[1], map_location))
+        model.load_state_dict(read_weights(paths[1], map_location), strict=strict)
         return model.eval()
 
 

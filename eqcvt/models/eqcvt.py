@@ -25,8 +25,7 @@ class EqCvT(VisionModel):
     then the stages of a CvT, global average and classifier. With the defaults it is the published
     model: 65,170 parameters at three channels, 64,810 at one.
 
-    Transformation: the front's feature maps turn with the image, exactly for the turns (and
-        mirrors)
+    Transformation: the front's feature maps turn with the image, exactly for the turns and mirrors
     that the group shares with the pixel grid and up to interpolation for others. With
     ``invariance="exact"`` all filters behind it are constant on the orbits of those symmetries, and
     the logits do not change at all under them.
@@ -98,7 +97,10 @@ class EqCvT(VisionModel):
         ):
             _check.integer(name, value)
         _check.integer("padding", padding, 0)
-        if blur_sigma is not None and not blur_sigma > 0:
+        _check.boolean("mask", mask)
+        for name, real in (("mask_margin", mask_margin), ("mask_sigma", mask_sigma)):
+            _check.number(name, real)
+        if blur_sigma is not None and not _check.number("blur_sigma", blur_sigma) > 0:
             raise ValueError(f"blur_sigma must be positive or None, got {blur_sigma}")
         if not mask_sigma > 0 or not 0 <= mask_margin < 100:
             raise ValueError(
@@ -176,10 +178,16 @@ class EqCvT(VisionModel):
             rest.append((stage.embed_kernel, stage.embed_stride, stage.padding))
             rest.append((0, stage.kv_stride, 0))
         steps = front if invariance == "front" else front + rest
+        if invariance == "exact" and self.group.grid_symmetries.order == 1:
+            raise ValueError(
+                f"invariance='exact' needs a group that shares turns or mirrors with the pixel "
+                f"grid, {self.group.name} shares none; the nearest are 'C4' and 'D1'"
+            )
         if _keeps_grid(size, steps):
             return after
         good = [s for d in range(1, 65) for s in (size - d, size + d) if s > 0]
-        near = sorted([s for s in good if _walk(s, front) and _keeps_grid(s, steps)][:4])
+        convolutions = front + [step for step in rest if step[0]]
+        near = sorted([s for s in good if _walk(s, convolutions) and _keeps_grid(s, steps)][:4])
         nearest = f"the nearest sizes that keep it are {', '.join(map(str, near))}" if near else ""
         part = "the steerable front" if invariance == "front" else "the network"
         message = (

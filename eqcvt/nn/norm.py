@@ -32,6 +32,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
         super().__init__(num_features, eps, momentum)
 
+    def __getstate__(self) -> dict[str, object]:
+        # A process group cannot be copied or pickled; a copy has statistics of its own.
+        return {key: value for key, value in self.__dict__.items() if key != "process_group"}
+
     @property
     def running(self) -> tuple[Tensor, Tensor] | None:
         """The running mean and variance in evaluation, None in training."""

@@ -79,8 +79,11 @@ class SteerableLift(nn.Module):
 
     def bank(self) -> Tensor:
         """Return the bank of turned filters ``[F, G, C, k, k]``, in the weights' own precision."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return ops.filter_bank(self.weight, self.basis.to(self.weight.dtype))
+        device, basis = self.weight.device.type, self.basis.to(self.weight.dtype)
+        if not torch.amp.is_autocast_available(device):  # such as meta
+            return ops.filter_bank(self.weight, basis)
+        with torch.autocast(device, enabled=False):
+            return ops.filter_bank(self.weight, basis)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block.

@@ -57,7 +57,9 @@ class Stage:
             )
         if self.embed_padding is not None:
             _check.integer("stage embed_padding", self.embed_padding, 0)
-        if not self.mlp_ratio * self.dim >= 1:
+        for name in ("separate_kv", "projection_bias"):
+            _check.boolean(f"stage {name}", getattr(self, name))
+        if not _check.number("stage mlp_ratio", self.mlp_ratio) * self.dim >= 1:
             raise ValueError(
                 f"stage mlp_ratio must leave a hidden channel of dim={self.dim}, "
                 f"got {self.mlp_ratio}"

@@ -70,11 +70,13 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _requested
-        self._before = _requested
-        _requested = _check.choice("backend", name, BACKENDS)
+        self._name = _check.choice("backend", name, BACKENDS)
+        self._before, _requested = _requested, self._name
 
     def __enter__(self) -> None:
-        return None
+        global _requested
+        if _requested != self._name:  # entered again, after another choice
+            self._before, _requested = _requested, self._name
 
     def __exit__(self, *exception: object) -> None:
         global _requested
@@ -130,7 +132,8 @@ def _choose(op: str, device: str, requested: str) -> str:
         reason = _refusal(op, backend)
         if reason is None:
             return backend
-        if (op, device, backend) not in _refusals:
+        # A compiler traces this function, and a log record would break its graph.
+        if not torch.compiler.is_compiling() and (op, device, backend) not in _refusals:
             _refusals.add((op, device, backend))
             log.info("%s on %s: not %s, %s", op, device, backend, reason)
     raise AssertionError("unreachable: every op has a reference")

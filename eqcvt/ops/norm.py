@@ -54,7 +54,7 @@ def _synchronised(
     variance = _all_sum(centred.square().sum(dims), group) / count
     scale = (weight * torch.rsqrt(variance + eps)).view(shape)
     y = (centred * scale + bias.view(shape)).to(x.dtype)
-    return y, mean.detach(), (variance * count / (count - 1)).detach()
+    return y, mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach()
 
 
 def batch_norm(
@@ -79,7 +79,7 @@ def batch_norm(
         (at least float32, without gradient), with which running statistics are updated.
 
     Raises:
-        ValueError: if there is only one value per channel.
+        ValueError: without ``process_group``, if there is only one value per channel.
     """
     if process_group is not None:
         return _synchronised(x, weight, bias, eps, process_group)
@@ -87,7 +87,8 @@ def batch_norm(
     mean = torch.zeros(x.shape[1], dtype=statistics, device=x.device)
     variance = torch.zeros(x.shape[1], dtype=statistics, device=x.device)
     # A momentum of one makes PyTorch's update hand over the statistics of this batch.
-    y = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
+    scale, shift = weight.to(statistics), bias.to(statistics)
+    y = F.batch_norm(x, mean, variance, scale, shift, training=True, momentum=1.0, eps=eps)
     return y, mean, variance
 
 

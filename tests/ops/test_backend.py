@@ -24,6 +24,25 @@ def test_a_call_holds_until_the_next_and_a_context_until_its_end() -> None:
         eqcvt.use_backend(before)
 
 
+def test_a_choice_can_be_entered_again() -> None:
+    choice = eqcvt.use_backend("reference")
+    for _ in range(2):
+        with choice:
+            assert ops.current_backend() == "reference"
+        assert ops.current_backend() == "auto"
+
+
+@pytest.mark.parametrize("cls", [fast.EqCvT, fast.CvT])
+def test_fast_models_compile_without_graph_breaks_at_their_first_call(
+    cls: type[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eqcvt.ops._backend._refusals", set())
+    model = cls(in_channels=1, image_size=33).eval()
+    x = torch.rand(2, 1, 33, 33)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(compiled, model(x))
+
+
 def test_a_backend_that_cannot_serve_raises_with_its_reason() -> None:
     model = fast.EqCvT(1, image_size=33).eval()
     x = torch.rand(1, 1, 33, 33)

@@ -77,6 +77,16 @@ def test_weights_are_a_distribution_over_the_keys() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 81, dtype=torch.float64))
 
 
+def test_weights_are_the_op_s_own() -> None:
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    q, k, w = _depthwise(4), _depthwise(4), _pointwise(4, 1, 4)
+    y, _ = ops.conv_attention(x, torch.zeros_like(x), q, k, None, w, heads=1, kv_stride=1)
+    weights = ops.attention_weights(x, q, k, w, heads=1, kv_stride=1)[0, 0]
+    values = w.v @ _normalised(x, k, 1).flatten(2)[0]
+    expected = w.out @ values @ weights.T + w.out_bias[:, None]
+    torch.testing.assert_close(y.flatten(2)[0], expected)
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     q, k, v = (_depthwise(3) for _ in range(3))
