@@ -343,3 +343,10 @@ def test_live_model_without_a_module_is_refused() -> None:
     attention.to_out = attention.to_out[:1]
     with pytest.raises(ValueError, match=r"has no module 'layers.0.2.layers.0.0.fn.to_out.1'"):
         from_escnn(author)
+
+
+def test_wrapped_live_models_are_unwrapped() -> None:
+    author = to_escnn(CvT(1, image_size=33))
+    plain = from_escnn(author)
+    for wrapped in (nn.DataParallel(author), torch.compile(author)):
+        assert same_weights(from_escnn(wrapped), plain) == 0

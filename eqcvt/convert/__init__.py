@@ -93,6 +93,11 @@ def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | C
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"from_escnn takes a torch module, got {type(module).__name__}")
+    # Out of torch.compile and the data-parallel wrappers.
+    while isinstance(
+        inner := getattr(module, "_orig_mod", getattr(module, "module", None)), nn.Module
+    ):
+        module = inner
     source = type(module).__name__
     tensors = module.state_dict()
     state = {key: value.detach().cpu() for key, value in tensors.items()}
