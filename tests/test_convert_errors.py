@@ -187,8 +187,9 @@ class _Code:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pt", b"", "not a whole file of torch.save"),
-        ("a.pt", b"hello, this is text", "not a whole file of torch.save"),
+        ("a.pt", b"", "is not a file of torch.save"),
+        ("a.csv", b"file,class,no_sub\nabc", "is not a file of torch.save"),
+        ("a.pt", b"PK\x03\x04 and no more", "not a whole file of torch.save"),
         ("a.pt", pickle.dumps(_Code(), 2), r"holds pickled code, which is not run.*state_dict\(\)"),
         ("a.pt", pickle.dumps({"a": _Code()}, 2), "holds pickled code"),
         ("a.safetensors", b"hello, this is text", "not a whole safetensors file"),

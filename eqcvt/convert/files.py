@@ -64,6 +64,10 @@ def _safetensors(path: Path) -> object:
 
 def _torch(path: Path) -> object:
     with path.open("rb") as file:
+        # A zip archive, or a pickle of protocol 2 and later as torch.save wrote once.
+        if file.read(2)[:1] not in (b"P", b"\x80"):
+            raise ValueError(f"{path} is not a file of torch.save")
+        file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
