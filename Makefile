@@ -7,8 +7,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-NEEDS := pyproject.toml setup.py $(CONSTRAINTS)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+NEEDS := pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must be one path without spaces, got '$(VENV)')

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
+import gc
 import os
 import platform
 import re
@@ -18,6 +20,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import eqcvt
+from bench.floor import Work, floor_ms
 from eqcvt._files import replacing
 from tests import escnn_stub
 
@@ -29,6 +32,7 @@ COLUMNS = (
     "iqr_ms",
     "images_per_s",
     "peak_mib",
+    "floor_share",
     "rounds",
     "device",
     "versions",
@@ -51,6 +55,7 @@ class Measure(Protocol):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         rounds: int,
+        work: Work | None = None,
     ) -> None: ...
 
 
@@ -121,12 +126,47 @@ def device(pytestconfig: pytest.Config) -> str:
     return name
 
 
+def _resident(field: str) -> float:
+    """Return a field of the process's memory in MiB, as Linux counts it."""
+    text = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s*(\d+) kB$", text, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def peak_mib(function: Callable[[], object], device: str) -> float | None:
+    """Return the memory one call adds at its height, or None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)  # what was freed before must not serve this call for nothing
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    function()
+    return _resident("VmHWM") - before
+
+
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, device: str) -> Measure:
     """Time a function, after one call that does not count, and keep a row for the CSV."""
 
     def timed(
-        function: Callable[[], object], *, rounds: int, shape: Any, dtype: Any, **name: str
+        function: Callable[[], object],
+        *,
+        rounds: int,
+        shape: Any,
+        dtype: Any,
+        work: Work | None = None,
+        **name: str,
     ) -> None:
         def synchronised() -> None:
             function()
@@ -134,14 +174,13 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, device: st
                 torch.cuda.synchronize()
 
         synchronised()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        peak = peak_mib(function, device)
         benchmark.group = f"{name['op']} {name['case']} {'x'.join(map(str, shape))}"
-        benchmark.pedantic(synchronised, rounds=rounds, iterations=1, warmup_rounds=0)
+        benchmark.pedantic(synchronised, rounds=rounds, iterations=1, warmup_rounds=1)
         if benchmark.stats is None:
             return
         stats = benchmark.stats.stats
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+        share = None if work is None else floor_ms(work, device, dtype) / (stats.median * 1e3)
         row = name | {
             "shape": "x".join(map(str, shape)),
             "dtype": str(dtype).removeprefix("torch."),
@@ -150,6 +189,7 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, device: st
             "iqr_ms": f"{stats.iqr * 1e3:.3f}",
             "images_per_s": f"{shape[0] / stats.median:.3f}",
             "peak_mib": "" if peak is None else f"{peak:.1f}",
+            "floor_share": "" if share is None else f"{share:.3f}",
             "rounds": str(stats.rounds),
             "device": device_name(device),
             "versions": versions(),

@@ -1,4 +1,4 @@
-"""EqCvT as a whole, training and inference, beside escnn's model: equal first, then timed."""
+"""Whole models, training and inference: equal to the plain one and to escnn's first, then timed."""
 
 from __future__ import annotations
 
@@ -11,73 +11,30 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import eqcvt
+from bench import implementations
 from bench.conftest import Measure
 from eqcvt.convert import to_escnn
 
 pytestmark = pytest.mark.timeout(900)
 
 BATCH = 4
-CASES = [(129, 3), (129, 1), (65, 3), (65, 1)]
-IMPLEMENTATIONS = ["escnn", "eager", "compile"]
+CASES = [("EqCvT", 129, 3), ("EqCvT", 129, 1), ("EqCvT", 65, 3), ("EqCvT", 65, 1), ("CvT", 129, 1)]
 
 
-@lru_cache(maxsize=1)
-def pair(size: int, channels: int, device: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """Return our model, escnn's of the same weights, images and labels; the two were compared."""
+@lru_cache(maxsize=2)
+def pair(name: str, size: int, channels: int, device: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Return our plain model, escnn's of the same weights (EqCvT only), and images."""
     torch.manual_seed(0)
-    ours = eqcvt.EqCvT(in_channels=channels, image_size=size)
+    ours = getattr(eqcvt, name)(in_channels=channels, image_size=size)
     theirs = to_escnn(ours)
-    ours, theirs = ours.to(device), theirs.to(device)
     images = torch.rand(BATCH, channels, size, size, device=device)
-    labels = torch.arange(BATCH, device=device) % 2
-    agree(ours, theirs, images[:2], labels[:2])
-    return ours, theirs, images, labels
+    return ours.to(device), theirs.to(device), images
 
 
-def agree(one: nn.Module, other: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Compare the logits and the gradient of the images in evaluation mode."""
-    results = []
-    for model in (one, other):
-        leaf = images.clone().requires_grad_()
-        logits = model.eval()(leaf)
-        cross_entropy(logits, labels).backward()
-        model.zero_grad(set_to_none=True)
-        results.append((logits.detach(), leaf.grad))
-    for ours, theirs in zip(*results, strict=True):
-        assert ours is not None
-        assert theirs is not None
-        error = (ours - theirs).abs().max() / theirs.abs().max()
-        assert error < 1e-3, f"relative difference {error:.1e}: nothing is timed"
-
-
-def chosen(
-    implementation: str, size: int, channels: int, device: str
-) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return the implementation's model with images and labels."""
-    ours, theirs, images, labels = pair(size, channels, device)
-    if implementation == "escnn":
-        return theirs, images, labels
-    if implementation == "eager":
-        return ours, images, labels
-    torch._dynamo.reset()
-    compiled = torch.compile(ours)
-    agree(compiled, ours, images[:2], labels[:2])
-    return compiled, images, labels
-
-
-@pytest.fixture(autouse=True)
-def _asked_for(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> None:
-    """Leave out what the options do not ask for."""
-    values = request.node.callspec.params
-    if values["implementation"] == "compile" and not pytestconfig.getoption("--compile"):
-        pytest.skip("--compile times torch.compile too")
-    if pytestconfig.getoption("--quick") and values["size"] != min(CASES)[0]:
-        pytest.skip("--quick keeps to the smallest size")
-
-
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Return a function that runs the model forward and backward in training mode."""
     model.train()
+    labels = torch.arange(len(images), device=images.device) % 2
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -86,37 +43,34 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
     return step
 
 
-def inference(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """Return a function that runs the model forward in evaluation mode."""
-    model.eval()
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    return forward
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations.IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", ["training", "inference"])
-@pytest.mark.parametrize(("size", "channels"), CASES)
+@pytest.mark.parametrize(("name", "size", "channels"), CASES)
 def test_bench_model(
-    case: str,
+    name: str,
     size: int,
     channels: int,
+    case: str,
     implementation: str,
     measure: Measure,
     device: str,
     pytestconfig: pytest.Config,
 ) -> None:
-    model, images, labels = chosen(implementation, size, channels, device)
-    run = training_step(model, images, labels) if case == "training" else inference(model, images)
+    implementations.skip_what_is_not_there(implementation, device, pytestconfig)
+    if implementation == "escnn" and name == "CvT":
+        pytest.skip("there is nothing of escnn's in a CvT")
+    if pytestconfig.getoption("--quick") and size > 65:
+        pytest.skip("--quick keeps to the smallest size")
+    ours, theirs, images = pair(name, size, channels, device)
+    model = theirs if implementation == "escnn" else implementations.variant(ours, implementation)
+    implementations.agree(model, ours, images[:2])
+    training = case == "training"
     measure(
-        run,
+        training_step(model, images) if training else implementations.inference(model, images),
         case=case,
-        op="EqCvT",
+        op=name,
         implementation=implementation,
         shape=tuple(images.shape),
         dtype=images.dtype,
-        rounds=1 if pytestconfig.getoption("--quick") else 5 if size > 100 else 11,
+        rounds=1 if pytestconfig.getoption("--quick") else 7 if size > 100 else 15,
     )

@@ -14,6 +14,7 @@ from typing import Any
 from eqcvt import load_model, plots, report
 from eqcvt.data import load, simulate
 from eqcvt.models import VisionModel
+from eqcvt.nn import set_backend
 from eqcvt.train import TrainConfig, train
 from eqcvt.train.distributed import resolve_device
 
@@ -74,6 +75,8 @@ def run(demo: Demo, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"3/4 evaluating on {demo.test_images} images that no training saw")
     device = resolve_device(demo.device)
     models = {name: load_model(_folder(demo, name) / "last").to(device) for name in MODELS}
+    for model in models.values():
+        set_backend(model, None)
     if (done := _finished(demo)) is not None:
         say("all of it was finished before")
         return done

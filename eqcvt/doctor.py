@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -26,11 +25,14 @@ def report() -> dict[str, Any]:
     Returns:
         ``versions`` (package -> version or None), ``extras`` (extra -> what is missing),
         ``devices`` (list of name, kind, memory in bytes, capability), ``threads``, ``variables``
-        (those of ours that are set), ``native`` (about the compiled extension) and ``backends``
-        (rows of op, device, backend, available, chosen and
-        the reason against).
+        (those of ours that are set), ``native`` (see :func:`eqcvt.native.build_info`) and
+        ``backends`` (rows of op, device, backend, available, chosen and the reason against).
+
+    Raises:
+        ImportError: if the compiled extension is there and cannot be loaded.
     """
     import eqcvt
+    from eqcvt import native
     from eqcvt.ops import explain
 
     packages = (*REQUIRED, *FAST, *(p for group in EXTRAS.values() for p in group))
@@ -57,7 +59,7 @@ def report() -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith("EQCVT_") or name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
         },
-        "native": _native(),
+        "native": native.build_info(),
         "backends": [row._asdict() for row in explain()],
     }
 
@@ -98,13 +100,3 @@ def _devices() -> list[dict[str, Any]]:
             }
         )
     return devices
-
-
-def _native() -> dict[str, Any]:
-    """Return what is known of the compiled extension."""
-    found = importlib.util.find_spec("eqcvt._native")
-    if found is None:
-        return {"built": False, "reason": "this build has no native extension"}
-    module = importlib.import_module("eqcvt._native")
-    build = getattr(module, "build_info", None)
-    return {"built": True, "file": found.origin, **(build() if callable(build) else {})}

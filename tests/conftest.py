@@ -45,6 +45,7 @@ def _backend(name: str) -> str | None:
 MISSING: dict[str, Callable[[], str | None]] = {
     "cuda": _cuda,
     "triton": lambda: _backend("triton"),
+    "triton-package": lambda: _package("triton"),
     "native": lambda: _backend("native"),
     "escnn": lambda: _escnn,
     "caustics": lambda: _package("caustics"),

@@ -26,7 +26,7 @@ from eqcvt.groups import (
     regular_covariance,
 )
 from eqcvt.nn import SteerableLift
-from eqcvt.ops import blur_kernel, circular_mask
+from eqcvt.ops import blur_kernel, blur_line, circular_mask
 
 pytestmark = pytest.mark.needs("escnn")
 
@@ -221,11 +221,11 @@ def test_lifting_block(group: str, kernel_size: int, channels: int, training: bo
     ).double()
     # Constants and basis of full precision on both sides; the float32 ones are compared above.
     ours.basis, ours.mask = lifting_basis(group, kernel_size), circular_mask(33)
-    ours.blur = blur_kernel(0.66)
+    ours.blur = blur_line(0.66)
     norm = getattr(block1[2], f"batch_norm_[{ours.group.order}]")
     with torch.no_grad():
         block1[0].mask.copy_(ours.mask)
-        pool1.filter.copy_(ours.blur.expand_as(pool1.filter))
+        pool1.filter.copy_(blur_kernel(0.66).expand_as(pool1.filter))
         weight = ours.weight @ torch.linalg.inv(matrix)
         conv.weights.copy_(weight.flatten())
         ours.norm.weight.copy_(torch.rand(2) + 0.5)
@@ -273,12 +273,12 @@ def pair(group: str, channels: int, size: int = 33, **options: Any) -> tuple[Any
             value.add_(torch.randn_like(value) * 0.2)
     lift = ours.lift[0]
     lift.basis, lift.mask = lifting_basis(group, 7), circular_mask(size)
-    lift.blur = blur_kernel(0.66)
+    lift.blur = blur_line(0.66)
     theirs: Any = to_escnn(ours)
     matrix = snap(theirs.block1[1], group, 7)
     state = theirs.state_dict()
     state[MASK].copy_(lift.mask)
-    state["pool1.filter"].copy_(lift.blur.expand_as(state["pool1.filter"]))
+    state["pool1.filter"].copy_(blur_kernel(0.66).expand_as(state["pool1.filter"]))
     state[WEIGHTS].copy_((lift.weight.detach() @ torch.linalg.inv(matrix)).flatten())
     return ours, theirs, matrix
 

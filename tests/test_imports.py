@@ -20,6 +20,7 @@ LEVEL = {
     "_check": 0,
     "_files": 0,
     "groups": 1,
+    "native": 1,
     "ops": 2,
     "nn": 3,
     "models": 4,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.parser import HeaderParser
@@ -12,10 +14,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.native.settings import same_settings
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["eqcvt", "kernels", "csrc", "tests", "bench", "examples"]
 FILES = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"]
 PROBE = "probe_for_the_package_test.py"
+
+
+def _build(tree: Path, *what: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", *what, str(tree)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **same_settings()},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +42,33 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]:
     for name in [*FILES, "constraints.txt"]:
         shutil.copy(ROOT / name, tree)
     (tree / "kernels" / PROBE).write_text("BLOCK = 64\n")
-    (tree / "csrc" / "cpu").mkdir(exist_ok=True)
-    (tree / "csrc" / "cpu" / "probe.cpp").write_text("int probe;\n")
-    run = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", str(tree)], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    (tree / "csrc" / "cpu" / "probe.h").write_text("")
+    _build(tree, "--sdist")
     (sdist,) = (tree / "dist").glob("*.tar.gz")
-    (wheel,) = (tree / "dist").glob("*.whl")
     with tarfile.open(sdist) as archive:
         assert not [m.name for m in archive.getmembers() if m.issym()]
         members = {m.name.split("/", 1)[1] for m in archive.getmembers() if "/" in m.name}
+        archive.extractall(tree, filter="data")
+    unpacked = tree / sdist.name.removesuffix(".tar.gz")
+    # With the checkout's objects beside the same sources, only what changed is compiled.
+    for objects in ROOT.glob("build/native-*"):
+        shutil.copytree(objects, unpacked / "build" / objects.name)
+    _build(unpacked, "--wheel")
+    (wheel,) = (unpacked / "dist").glob("*.whl")
     return members, wheel
 
 
 def _modules() -> set[str]:
-    files = (p for p in (ROOT / "eqcvt").rglob("*.py"))
-    return {p.relative_to(ROOT).as_posix() for p in files}
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "eqcvt").rglob("*.py")}
+    return files | {f"eqcvt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
 def test_wheel_holds_every_module_and_nothing_else(built: tuple[set[str], Path]) -> None:
     names = {n for n in zipfile.ZipFile(built[1]).namelist() if ".dist-info/" not in n}
-    assert names == _modules() | {"eqcvt/py.typed", f"eqcvt/kernels/{PROBE}"}
+    pure = same_settings()["EQCVT_NATIVE"] == "0"
+    extension = set() if pure else {f"eqcvt/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    assert names == _modules() | {"eqcvt/py.typed", f"eqcvt/kernels/{PROBE}"} | extension
+    assert built[1].name.endswith("-none-any.whl") == pure
 
 
 def test_wheel_carries_licence_command_and_metadata(built: tuple[set[str], Path]) -> None:
@@ -70,8 +89,9 @@ def test_wheel_carries_licence_command_and_metadata(built: tuple[set[str], Path]
 
 def test_sdist_holds_what_a_build_needs_and_no_tests(built: tuple[set[str], Path]) -> None:
     members = built[0]
-    wanted = _modules() | set(FILES) | {"eqcvt/py.typed", "csrc/cpu/probe.cpp", "csrc/README.md"}
-    assert wanted | {f"eqcvt/kernels/{PROBE}"} <= members
+    native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    wanted = _modules() | native | set(FILES) | {"eqcvt/py.typed", f"eqcvt/kernels/{PROBE}"}
+    assert wanted | {"csrc/cpu/probe.h"} <= members
     assert {m.split("/")[0] for m in members}.isdisjoint({"tests", "bench", "examples", "kernels"})
 
 

@@ -41,6 +41,7 @@ def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
         ValueError: the files are damaged or no model of ours, or the device does not exist.
     """
     import eqcvt
+    from eqcvt.nn import set_backend
     from eqcvt.train.distributed import resolve_device
     from eqcvt.train.loop import CLASSES
 
@@ -48,6 +49,7 @@ def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
     folder = checkpoint_folder(path, last=last)
     run = folder.parent if folder.name in ("best", "last") else None
     model = eqcvt.load_model(folder).to(where).eval()
+    set_backend(model, None)  # the fastest there is, or what EQCVT_BACKEND names
     names: tuple[str, ...] = ()
     for place in (folder, folder.parent):
         if (place / CLASSES).is_file():

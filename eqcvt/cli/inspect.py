@@ -42,9 +42,7 @@ def doctor(*, as_json: JsonOption = False) -> None:
     )
     for name, value in found["variables"].items():
         out.print(f"{name}={value}", markup=False)
-    native = found["native"]
-    state = "built" if native["built"] else f"not built: {native['reason']}"
-    out.print(f"native extension: {state}", markup=False, soft_wrap=True)
+    out.print(f"native extension: {_state(found['native'])}", markup=False, soft_wrap=True)
     backends = Table("op", "device", "backend", "chosen", "why", title="Backends")
     backends.title_justify = "left"
     for row in found["backends"]:
@@ -53,6 +51,19 @@ def doctor(*, as_json: JsonOption = False) -> None:
             row["op"], row["device"], row["backend"], "yes" if row["chosen"] else "no", why
         )
     out.print(backends)
+
+
+def _state(native: dict[str, Any]) -> str:
+    """Return what was built of the compiled extension, and what of it is used here."""
+    if not native["built"]:
+        return f"none: {native['reason']}"
+    cuda = "without CUDA"
+    if native["cuda"]:
+        cuda = f"with CUDA {native['cuda']} for {native['cuda_archs']}"
+    return (
+        f"{native['version']}, built by {native['compiler']} for "
+        f"{', '.join(native['instruction_sets'])} (takes {native['instruction_set']}), {cuda}"
+    )
 
 
 def _details(device: dict[str, Any]) -> str:

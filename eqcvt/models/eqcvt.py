@@ -12,7 +12,7 @@ from eqcvt import _check
 from eqcvt.groups import Group
 from eqcvt.models._base import VisionModel
 from eqcvt.nn import Stage, SteerableLift
-from eqcvt.ops import blur_kernel, conv_size
+from eqcvt.ops import blur_line, conv_size
 
 INVARIANCES = ("front", "exact")
 AUTHOR_STAGES = (Stage(dim=32, depth=2, heads=3, mlp_ratio=2),)
@@ -159,7 +159,7 @@ class EqCvT(VisionModel):
             for index in range(c["lift_depth"])
         ]
         if c["blur_sigma"] is not None:
-            steps.append((len(blur_kernel(c["blur_sigma"])), c["blur_stride"], 0))
+            steps.append((len(blur_line(c["blur_sigma"])), c["blur_stride"], 0))
         return steps
 
     def _check_size(self, stages: list[Stage]) -> int:

@@ -70,7 +70,7 @@ class SteerableLift(nn.Module):
             "mask": None
             if mask_size is None
             else ops.circular_mask(mask_size, margin=mask_margin, sigma=mask_sigma),
-            "blur": None if blur_sigma is None else ops.blur_kernel(blur_sigma),
+            "blur": None if blur_sigma is None else ops.blur_line(blur_sigma),
         }
         for name, value in constants.items():
             self.register_buffer(name, None if value is None else value.to(dtype), persistent=False)

@@ -4,6 +4,7 @@ from eqcvt.ops._backend import current_backend, explain, use_backend
 from eqcvt.ops.conv_attention import Depthwise, Pointwise, attention_weights, conv_attention
 from eqcvt.ops.lift import (
     blur_kernel,
+    blur_line,
     blur_pool2d,
     circular_mask,
     conv_size,
@@ -22,6 +23,7 @@ __all__ = [
     "attention_weights",
     "batch_norm",
     "blur_kernel",
+    "blur_line",
     "blur_pool2d",
     "circular_mask",
     "conv_attention",

@@ -1,19 +1,22 @@
 """Which implementation an op takes: one list of candidates, asked in order, each with its reason.
 
-A candidate answers ``supports(device) -> reason or None``. With ``"auto"`` the first that can is
-taken and every refusal is logged once; a backend asked for by name that cannot raises with its
-reason.
+A backend is a module per op (``eqcvt.native.lift``, ``eqcvt.kernels.lift``) with one function for
+each torch op of :mod:`eqcvt.ops._register` and ``supports(...) -> reason or None``. With ``"auto"``
+the first that can is taken and every refusal is logged once; a backend asked for by name that
+cannot raises with its reason.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from eqcvt import _check
 
@@ -21,10 +24,13 @@ log = logging.getLogger("eqcvt")
 
 BACKENDS = ("auto", "reference", "native", "triton")
 ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
+OPS = ("conv_attention", "lift", "mlp_block", "token_embed")
+# The automatic choice leaves out what has only been run under an interpreter or an emulator.
+UNPROVEN = {("triton", "cuda"), ("native", "cuda")}
 
 _requested = os.environ.get("EQCVT_BACKEND") or "auto"
-_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 _refusals: set[tuple[str, str, str]] = set()
+_modules: dict[str, dict[str, ModuleType]] = {"native": {}, "triton": {}}
 
 
 class Choice(NamedTuple):
@@ -36,11 +42,6 @@ class Choice(NamedTuple):
     available: bool
     chosen: bool
     reason: str | None
-
-
-def register(op: str, backend: str, implementation: Callable[..., Any]) -> None:
-    """Make ``implementation`` serve ``op`` when ``backend`` is chosen."""
-    _implementations.setdefault(op, {})[backend] = implementation
 
 
 def current_backend() -> str:
@@ -83,18 +84,62 @@ class use_backend:
         _requested = self._before
 
 
-def _refusal(op: str, backend: str) -> str | None:
-    if backend in _implementations[op]:
-        return None
-    return f"this version of eqcvt has no {backend} implementation of {op}"
+def _unavailable(backend: str, device: str) -> str | None:
+    """Return why ``backend`` serves nothing on ``device``, or None, its modules then imported.
+
+    All at once and before the first look at them: a compiler sees a global only as it was.
+    """
+    reason = _REASONS[backend](device)
+    if reason is None and not _modules[backend]:
+        package = {"native": "native", "triton": "kernels"}[backend]
+        for op in OPS:
+            _modules[backend][op] = importlib.import_module(f"eqcvt.{package}.{op}")
+    return reason
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler here.
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _why_not_native(device: str) -> str | None:
+    from eqcvt import native
+
+    return native.unavailable(device)
+
+
+def _why_not_triton(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it does not run on {device}"
+    return None
+
+
+_REASONS = {"native": _why_not_native, "triton": _why_not_triton}
+
+
+def module(op: str, backend: str) -> ModuleType:
+    """Return the module of ``op`` in a backend that was chosen."""
+    return _modules[backend][op]
 
 
 def _candidates(device: str) -> tuple[str, ...]:
     return ORDER.get(device, ("reference",))
 
 
+def _unproven(backend: str, device: str) -> str | None:
+    if (backend, device) not in UNPROVEN:
+        return None
+    return f"its kernels have not run on a GPU yet; EQCVT_BACKEND={backend} takes them all the same"
+
+
 def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
     """Return, for each op, device and backend, whether it can be used, is chosen, and why not.
+
+    A backend that is available can still refuse a call, by its sizes or dtype; then the next one
+    is taken.
 
     Args:
         devices: device types; by default the CPU and, where there is one, CUDA.
@@ -102,55 +147,52 @@ def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
     if devices is None:
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     rows = []
-    for op in sorted(_implementations):
+    for op in OPS:
         for device in devices:
             chosen = False
             for backend in _candidates(device):
-                reason = _refusal(op, backend)
-                rows.append(
-                    Choice(
-                        op, device, backend, reason is None, reason is None and not chosen, reason
-                    )
-                )
-                chosen = chosen or reason is None
+                reason = None if backend == "reference" else _unavailable(backend, device)
+                available = reason is None
+                reason = reason or _unproven(backend, device)
+                take = reason is None and not chosen
+                rows.append(Choice(op, device, backend, available, take, reason))
+                chosen = chosen or take
     return rows
 
 
-def _choose(op: str, device: str, requested: str) -> str:
+def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], str | None]) -> str:
+    """Return the name of the backend that serves a call of ``op``.
+
+    Args:
+        op: name of the op.
+        device: device type of its tensors.
+        backend: a backend's name, or None for the one in force.
+        supports: asks a backend's module about this call, for the reason why not or None.
+
+    Raises:
+        RuntimeError: if the backend asked for by name cannot serve the call, with the reason.
+    """
+    requested = current_backend() if backend is None else backend
+    if requested == "reference":  # every op has one, on every device
+        return requested
     _check.choice("EQCVT_BACKEND", requested, BACKENDS)
     if requested != "auto":
-        reason = _refusal(op, requested)
-        if reason is None and requested not in _candidates(device):
-            reason = f"it does not run on {device}"
+        reason = _unavailable(requested, device) or supports(_modules[requested][op])
         if reason is not None:
             raise RuntimeError(
                 f"backend {requested!r} cannot serve {op} on {device}: {reason}; "
                 f"use_backend('auto') takes the fastest that can"
             )
         return requested
-    for backend in _candidates(device):
-        reason = _refusal(op, backend)
+    for candidate in _candidates(device):
+        if candidate == "reference":
+            break
+        reason = _unavailable(candidate, device) or _unproven(candidate, device)
+        reason = reason or supports(_modules[candidate][op])
         if reason is None:
-            return backend
+            return candidate
         # A compiler traces this function, and a log record would break its graph.
-        if not torch.compiler.is_compiling() and (op, device, backend) not in _refusals:
-            _refusals.add((op, device, backend))
-            log.info("%s on %s: not %s, %s", op, device, backend, reason)
-    raise AssertionError("unreachable: every op has a reference")
-
-
-def dispatch(op: str, x: Tensor, backend: str | None) -> Callable[..., Any]:
-    """Return the implementation of ``op`` for the device of ``x``.
-
-    Args:
-        op: name of the op.
-        x: tensor whose device decides.
-        backend: a backend's name, or None for the one in force.
-
-    Raises:
-        RuntimeError: if the backend asked for by name cannot serve the op, with the reason.
-    """
-    requested = current_backend() if backend is None else backend
-    if requested == "reference":  # every op has one, on every device
-        return _implementations[op]["reference"]
-    return _implementations[op][_choose(op, x.device.type, requested)]
+        if not torch.compiler.is_compiling() and (op, candidate, reason) not in _refusals:
+            _refusals.add((op, candidate, reason))
+            log.info("%s on %s: not %s, %s", op, device, candidate, reason)
+    return "reference"

@@ -18,7 +18,9 @@ Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", ICCV 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
-from eqcvt.ops.norm import batch_norm
+from eqcvt.ops._register import (
+    autocast,
+    define,
+    parameter,
+    parameter_dtype,
+    seed_of,
+    zeros_if_none,
+)
+from eqcvt.ops.norm import batch_affine, batch_norm, running_affine
 
 
 class Depthwise(NamedTuple):
@@ -59,6 +69,8 @@ class Pointwise(NamedTuple):
 
 
 Statistics = tuple[Tensor, Tensor]
+# Folded, a score costs D products where it cost the d of a head; up to D / d of this it pays.
+FOLD_PAYS = {"cpu": 2}
 
 
 def _depthwise(
@@ -129,9 +141,6 @@ def conv_attention_reference(
     return residual + y.transpose(1, 2).reshape(residual.shape), statistics
 
 
-_backend.register("conv_attention", "reference", conv_attention_reference)
-
-
 def conv_attention(
     x: Tensor,
     residual: Tensor,
@@ -184,8 +193,18 @@ def conv_attention(
             f"pointwise weights do not fit: q {list(w.q.shape)}, k {list(w.k.shape)}, "
             f"v {list(w.v.shape)}, out {list(w.out.shape)}"
         )
-    implementation = _backend.dispatch("conv_attention", x, backend)
-    result: tuple[Tensor, tuple[Statistics | None, ...]] = implementation(
+    chosen = _backend.choose(
+        "conv_attention",
+        x.device.type,
+        backend,
+        lambda module: _supports(module, x, q, k, v, w, heads, kv_stride),
+    )
+    implementation = (
+        conv_attention_reference
+        if chosen == "reference"
+        else partial(_conv_attention_fused, chosen)
+    )
+    return implementation(
         x,
         residual,
         q,
@@ -198,7 +217,6 @@ def conv_attention(
         eps=eps,
         process_group=process_group,
     )
-    return result
 
 
 def attention_weights(
@@ -218,3 +236,291 @@ def attention_weights(
     (queries, keys, _), _ = _project(x, q, k, None, w, heads, kv_stride, eps, None)
     scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     return torch.softmax(scores, -1)
+
+
+# The fused form: with the pointwise weights folded, scores are a^T (W_q^T W_k) b and results
+# (W_o W_v) b, so attention runs in the D channels of the tokens, where keys (and values) are one
+# tensor for all heads. The folded matrices are small, and their gradients autograd's.
+
+
+def _supports(
+    module: Any,
+    x: Tensor,
+    q: Depthwise,
+    k: Depthwise,
+    v: Depthwise | None,
+    w: Pointwise,
+    heads: int,
+    kv_stride: int,
+) -> str | None:
+    dim, head_dim = x.shape[1], w.q.shape[0] // heads
+    if w.v.shape[0] != w.q.shape[0]:
+        return "its heads of queries and values differ in width"
+    if len({tuple(p.filters.shape) for p in (q, k, v) if p is not None}) > 1:
+        return "its depthwise filters differ in size"
+    most = FOLD_PAYS.get(x.device.type, 1) * head_dim
+    if dim > most:
+        return f"{dim} channels are too many to fold heads of {head_dim} into (up to {most} pay)"
+    reason: str | None = module.supports(autocast(x), q.filters, heads=heads, kv_stride=kv_stride)
+    return reason
+
+
+def _sizes(x: Tensor, kernel: int, kv_stride: int) -> tuple[int, int]:
+    """Return the numbers of queries and keys."""
+    height, width = x.shape[-2:]
+    reach = 2 * (kernel // 2) - kernel
+    keys = [(n + reach) // kv_stride + 1 for n in (height, width)]
+    return height * width, keys[0] * keys[1]
+
+
+def _project_fake(
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *, kv_stride: int, moments: bool
+) -> tuple[Tensor, ...]:
+    batch, dim = x.shape[:2]
+    queries, keys = _sizes(x, q.shape[-1], kv_stride)
+    statistics = (2 if v is None else 3, dim) if moments else 0
+    return (
+        x.new_empty(batch, queries, dim),
+        x.new_empty(batch, keys, dim),
+        x.new_empty(0 if v is None else (batch, keys, dim)),
+        q.new_empty(statistics),
+        q.new_empty(statistics),
+    )
+
+
+def _project_backward_fake(*inputs: Any, kv_stride: int) -> tuple[Tensor, ...]:
+    x, q, k, v = inputs[-4:]
+    dx = x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+    dv = q.new_empty(0 if v is None else v.shape)
+    return dx, q.new_empty(q.shape), k.new_empty(k.shape), dv
+
+
+_project_op_backward = define(
+    "conv_attention",
+    "project_backward",
+    "(Tensor da, Tensor db, Tensor? dc, Tensor? dmean, Tensor? dvariance, Tensor a, Tensor b,"
+    " Tensor? c, Tensor? mean, Tensor x, Tensor q, Tensor k, Tensor? v, *, int kv_stride)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _project_backward_fake,
+)
+
+
+def _project_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    x, q, k, v = inputs
+    a, b, c, mean, _ = output
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(x, q, k, v, a, b, c, mean)
+
+
+def _project_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, q, k, v, a, b, c, mean = ctx.saved_tensors
+    da, db, dc = (zeros_if_none(g, t) for g, t in zip(gradients, (a, b, c)))  # noqa: B905
+    dmean = dvariance = None
+    if ctx.options["moments"]:
+        dmean, dvariance = (zeros_if_none(g, mean) for g in gradients[3:])
+    dx, dq, dk, dv = _project_op_backward(
+        da,
+        db,
+        None if v is None else dc,
+        dmean,
+        dvariance,
+        a,
+        b,
+        None if v is None else c,
+        mean if ctx.options["moments"] else None,
+        x,
+        q,
+        k,
+        v,
+        kv_stride=ctx.options["kv_stride"],
+        backend=ctx.options["backend"],
+    )
+    return dx, dq, dk, None if v is None else dv
+
+
+_project_op = define(
+    "conv_attention",
+    "project",
+    "(Tensor x, Tensor q, Tensor k, Tensor? v, *, int kv_stride, bool moments)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _project_fake,
+    setup_context=_project_context,
+    backward=_project_backward,
+)
+
+
+def _attend_fake(
+    a: Tensor, b: Tensor, c: Tensor | None, residual: Tensor | None, *params: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    wq = params[2]
+    batch, queries, dim = a.shape
+    if not options["save"]:
+        return a.new_empty(a.shape), a.new_empty(0), wq.new_empty(0)
+    heads = wq.shape[0]
+    return (
+        a.new_empty(a.shape),
+        a.new_empty(batch, queries, heads, dim),
+        wq.new_empty(batch, heads, queries),
+    )
+
+
+def _attend_backward_fake(
+    dy: Tensor, a: Tensor, b: Tensor, c: Tensor | None, *params: Tensor, dropout: float
+) -> tuple[Tensor, ...]:
+    dc = a.new_empty(0 if c is None else c.shape)
+    parameters = [t.new_empty(t.shape) for t in params[:6]]
+    return a.new_empty(a.shape), b.new_empty(b.shape), dc, *parameters
+
+
+_attend_op_backward = define(
+    "conv_attention",
+    "attend_backward",
+    "(Tensor dy, Tensor a, Tensor b, Tensor? c, Tensor scale, Tensor shift, Tensor wq, Tensor bq,"
+    " Tensor wo, Tensor bo, Tensor seed, Tensor o, Tensor lse, *, float dropout)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attend_backward_fake,
+)
+
+
+def _attend_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    a, b, c, _, *params = inputs
+    _, o, lse = output
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(a, b, c, *params, o, lse)
+    ctx.mark_non_differentiable(o, lse)
+
+
+def _attend_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.options["save"]:
+        raise RuntimeError("conv_attention_attend was called without save, but needs a gradient")
+    a, b, c, *rest = ctx.saved_tensors
+    dy = dy.contiguous()
+    da, db, dc, *params = _attend_op_backward(
+        dy, a, b, c, *rest, dropout=ctx.options["dropout"], backend=ctx.options["backend"]
+    )
+    residual = dy if ctx.needs_input_grad[3] else None
+    return da, db, None if c is None else dc, residual, *params, None
+
+
+_attend_op = define(
+    "conv_attention",
+    "attend",
+    "(Tensor a, Tensor b, Tensor? c, Tensor? residual, Tensor scale, Tensor shift, Tensor wq,"
+    " Tensor bq, Tensor wo, Tensor bo, Tensor seed, *, float dropout, bool save)"
+    " -> (Tensor, Tensor, Tensor)",
+    _attend_fake,
+    setup_context=_attend_context,
+    backward=_attend_backward,
+)
+
+
+def _fold(w: Pointwise, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``wq [h, D, D]``, ``bq [h, D]``, ``wo [h, D, D]`` and ``bo [D]``.
+
+    Queries become ``a wq + bq`` and results ``o wo + bo``. The bias of the keys is left out: it
+    adds the same to all scores of a query, which the softmax does not see.
+    """
+    q, k, v, out = (t.to(dtype) for t in w[:4])
+    width, dim = q.shape
+    head_dim = width // heads
+    scale = head_dim**-0.5
+    q, k, v = (t.reshape(heads, head_dim, dim) for t in (q, k, v))
+    out = out.reshape(dim, heads, head_dim).permute(1, 2, 0)
+    wq = scale * (q.transpose(1, 2) @ k)
+    wo = v.transpose(1, 2) @ out
+    bq = wq.new_zeros(heads, dim)
+    if w.q_bias is not None:
+        bias = w.q_bias.to(dtype).reshape(heads, 1, head_dim)
+        bq = scale * (bias @ k).squeeze(1)
+    bo = wq.new_zeros(dim) if w.out_bias is None else w.out_bias.to(dtype)
+    if w.v_bias is not None:
+        bo = bo + (w.v_bias.to(dtype).reshape(heads, 1, head_dim) @ out).sum((0, 1))
+    return wq.contiguous(), bq, wo.contiguous(), bo
+
+
+def _affine(
+    projections: Sequence[Depthwise],
+    mean: Tensor,
+    variance: Tensor,
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    eps: float,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, tuple[Statistics | None, ...]]:
+    """Return the norms of the projections as scale and shift ``[P, D]``, and their statistics."""
+    scales, shifts = [], []
+    statistics: list[Statistics | None] = []
+    for i, p in enumerate(projections):
+        if p.running is not None:
+            scale, shift = running_affine(p.running, p.weight, p.bias, dtype, eps)
+            statistics.append(None)
+        else:
+            scale, shift, *moments = batch_affine(
+                mean[i],
+                variance[i],
+                counts[i],
+                p.weight,
+                p.bias,
+                eps=eps,
+                process_group=process_group,
+            )
+            statistics.append((moments[0], moments[1]))
+        scales.append(scale)
+        shifts.append(shift)
+    return torch.stack(scales), torch.stack(shifts), tuple(statistics)
+
+
+def _conv_attention_fused(
+    backend: str,
+    x: Tensor,
+    residual: Tensor,
+    q: Depthwise,
+    k: Depthwise,
+    v: Depthwise | None,
+    w: Pointwise,
+    *,
+    heads: int,
+    kv_stride: int,
+    dropout: float,
+    eps: float,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, tuple[Statistics | None, ...]]:
+    """:func:`conv_attention` by the kernels of ``backend``."""
+    x, residual = autocast(x), autocast(residual)
+    batch, dim, height, width = x.shape
+    dtype = parameter_dtype(x)
+    projections = [p for p in (q, k, v) if p is not None]
+    a, b, c, mean, variance = _project_op(
+        x,
+        parameter(q.filters, dtype),
+        parameter(k.filters, dtype),
+        None if v is None else parameter(v.filters, dtype),
+        kv_stride=kv_stride,
+        moments=any(p.running is None for p in projections),
+        backend=backend,
+    )
+    counts = [batch * n for n in (a.shape[1], b.shape[1], b.shape[1])]
+    with torch.autocast(x.device.type, enabled=False):
+        scale, shift, statistics = _affine(
+            projections, mean, variance, counts, dtype, eps, process_group
+        )
+        folded = _fold(w, heads, dtype)
+    tokens = residual.permute(0, 2, 3, 1).reshape(batch, height * width, dim).contiguous()
+    same = residual.dtype == x.dtype
+    inputs = (a, b, c, tokens, scale, shift, *folded)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    y, _, _ = _attend_op(
+        a,
+        b,
+        None if v is None else c,
+        tokens if same else None,
+        scale,
+        shift,
+        *folded,
+        seed_of(x, dropout),
+        dropout=dropout,
+        save=save,
+        backend=backend,
+    )
+    y = y if same else tokens + y
+    return y.reshape(batch, height, width, dim).permute(0, 3, 1, 2), statistics

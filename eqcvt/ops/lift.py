@@ -16,6 +16,8 @@ Sources: Weiler and Cesa, arXiv:1911.08251 (steerable convolutions); Zhang, arXi
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
-from eqcvt.ops.norm import batch_norm
+from eqcvt.ops._register import autocast, define, parameter, parameter_dtype, zeros_if_none
+from eqcvt.ops.norm import batch_affine, batch_norm, running_affine
 
 
 def filter_bank(weight: Tensor, basis: Tensor) -> Tensor:
@@ -65,19 +68,27 @@ def circular_mask(size: int, *, margin: float = 1.0, sigma: float = 2.0) -> Tens
     return torch.exp((edge - distance) / sigma**2).clamp(max=1.0)
 
 
-def blur_kernel(sigma: float) -> Tensor:
-    """Return the Gaussian low-pass filter of three standard deviations.
+def blur_line(sigma: float) -> Tensor:
+    """Return one axis of the Gaussian low-pass filter of three standard deviations.
+
+    The filter is the outer product of the line with itself.
 
     Args:
-        sigma: standard deviation in pixels; 0.66 gives 5x5.
+        sigma: standard deviation in pixels; 0.66 gives 5 pixels.
 
     Returns:
-        float64 tensor ``[k, k]`` with sum 1.
+        float64 tensor ``[k]`` with sum 1.
     """
     size = 2 * round(3 * sigma) + 1
     line = (torch.arange(size, dtype=torch.float64) - size // 2).square()
-    kernel = torch.exp(-(line[:, None] + line[None, :]) / (2 * sigma**2))
-    return kernel / kernel.sum()
+    line = torch.exp(-line / (2 * sigma**2))
+    return line / line.sum()
+
+
+def blur_kernel(sigma: float) -> Tensor:
+    """Return the whole Gaussian low-pass filter ``[k, k]``, see :func:`blur_line`."""
+    line = blur_line(sigma)
+    return torch.outer(line, line)
 
 
 def lift_conv2d(x: Tensor, bank: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
@@ -98,16 +109,17 @@ def lift_conv2d(x: Tensor, bank: Tensor, *, stride: int = 1, padding: int = 0) -
     return u.reshape(u.shape[0], *bank.shape[:2], *u.shape[2:])
 
 
-def blur_pool2d(u: Tensor, kernel: Tensor, *, stride: int = 1) -> Tensor:
+def blur_pool2d(u: Tensor, line: Tensor, *, stride: int = 1) -> Tensor:
     """Antialiased average pooling of each channel: a Gaussian blur, then every ``stride``-th pixel.
 
     Args:
         u: ``[B, F, G, H, W]``.
-        kernel: ``[k, k]``; no padding, so each side loses ``k // 2`` pixels.
+        line: ``[k]``, the filter is its outer product with itself; no padding, so each side loses
+            ``k // 2`` pixels.
         stride: step in pixels.
     """
     flat = u.flatten(1, 2)
-    weight = kernel.to(flat.dtype).expand(flat.shape[1], 1, -1, -1)
+    weight = torch.outer(line, line).to(flat.dtype).expand(flat.shape[1], 1, -1, -1)
     y = F.conv2d(flat, weight, stride=stride, groups=flat.shape[1])
     return y.reshape(*u.shape[:3], *y.shape[2:])
 
@@ -153,9 +165,6 @@ def lift_reference(
     return group_pool(u) if pool else u, mean, variance
 
 
-_backend.register("lift", "reference", lift_reference)
-
-
 def lift(
     x: Tensor,
     bank: Tensor,
@@ -184,7 +193,7 @@ def lift(
         norm_bias: ``[F]``, its shift.
         running: mean and variance ``[F]`` to normalise with; None uses the batch's (training).
         mask: ``[H, W]``, multiplied onto ``x``.
-        blur: ``[k, k]``, see :func:`blur_kernel`; None leaves the blur out.
+        blur: ``[k]``, see :func:`blur_line`; None leaves the blur out.
         stride: step of the convolution in pixels.
         padding: zeros added on each side of ``x``.
         blur_stride: step of the blur in pixels.
@@ -206,16 +215,32 @@ def lift(
             f"lift needs x [B, C, H, W] and bank [F, G, C, k, k] with the same C, "
             f"got {list(x.shape)} and {list(bank.shape)}"
         )
+    if blur is not None and (blur.dim() != 1 or blur.shape[0] % 2 == 0):
+        raise ValueError(f"blur is a line [k] with odd k, got {list(blur.shape)}")
     size = conv_size(min(x.shape[-2:]), bank.shape[-1], stride, padding)
     if blur is not None:
-        size = conv_size(size, blur.shape[-1], blur_stride, 0)
+        size = conv_size(size, blur.shape[0], blur_stride, 0)
     if size < 1:
         raise ValueError(
             f"an image of {x.shape[-2]}x{x.shape[-1]} pixels is too small for "
             f"{bank.shape[-1]}x{bank.shape[-1]} filters with padding {padding}"
         )
-    implementation = _backend.dispatch("lift", x, backend)
-    y: tuple[Tensor, Tensor | None, Tensor | None] = implementation(
+    chosen = _backend.choose(
+        "lift",
+        x.device.type,
+        backend,
+        lambda module: module.supports(
+            autocast(x),
+            bank,
+            blur,
+            stride=stride,
+            padding=padding,
+            blur_stride=blur_stride,
+            pool=pool,
+        ),
+    )
+    implementation = lift_reference if chosen == "reference" else partial(_lift_fused, chosen)
+    return implementation(
         x,
         bank,
         norm_weight,
@@ -230,9 +255,201 @@ def lift(
         eps=eps,
         process_group=process_group,
     )
-    return y
 
 
 def conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
     """Return the output size of a convolution."""
     return math.floor((size + 2 * padding - kernel) / stride) + 1
+
+
+# The fused form: the moments of u, then normalisation as scale * u + shift on a second pass, so
+# that nothing of the size of u is kept. The statistics' gradient needs no third pass, because that
+# of a moment is linear in u * x and 1 * x, which the first pass sums beside the moments.
+
+
+def _grid(x: Tensor, bank: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    height, width = (conv_size(n, bank.shape[-1], stride, padding) for n in x.shape[-2:])
+    return height, width
+
+
+def _moments_fake(
+    x: Tensor, bank: Tensor, mask: Tensor | None, *, stride: int, padding: int, correlate: bool
+) -> tuple[Tensor, ...]:
+    fields, _, *filters = bank.shape
+    return (
+        bank.new_empty(fields),
+        bank.new_empty(fields),
+        bank.new_empty(bank.shape if correlate else 0),
+        bank.new_empty(filters if correlate else 0),
+    )
+
+
+def _moments_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    x, bank, mask = inputs
+    mean, _, ux, ones_x = output
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(x, bank, mask, mean, ux, ones_x)
+
+
+def _moments_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, bank, mask, mean, ux, ones_x = ctx.saved_tensors
+    stride, padding = ctx.options["stride"], ctx.options["padding"]
+    dmean, dvariance = (zeros_if_none(g, mean) for g in gradients[:2])
+    height, width = _grid(x, bank, stride, padding)
+    count = max(x.shape[0] * bank.shape[1] * height * width, 1)
+    slope = 2 * dvariance / count
+    constant = dmean / count - slope * mean
+    dx = dbank = None
+    if ctx.needs_input_grad[1]:
+        if ctx.options["correlate"] is False:
+            raise RuntimeError("lift_moments was called without correlate, but needs a gradient")
+        view = (-1, 1, 1, 1, 1)
+        centred = ux - mean.view(view) * ones_x
+        dbank = slope.view(view) * centred + (dmean / count).view(view) * ones_x
+    if ctx.needs_input_grad[0]:
+        dx = _lift_moments_input(
+            x,
+            bank,
+            mask,
+            constant,
+            slope,
+            stride=stride,
+            padding=padding,
+            backend=ctx.options["backend"],
+        )
+    return dx, dbank, None
+
+
+_lift_moments_input = define(
+    "lift",
+    "moments_input",
+    "(Tensor x, Tensor bank, Tensor? mask, Tensor c1, Tensor c2, *, int stride, int padding)"
+    " -> Tensor",
+    lambda x, *_, **__: x.new_empty(x.shape),
+)
+_lift_moments = define(
+    "lift",
+    "moments",
+    "(Tensor x, Tensor bank, Tensor? mask, *, int stride, int padding, bool correlate)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _moments_fake,
+    setup_context=_moments_context,
+    backward=_moments_backward,
+)
+
+
+def _apply_fake(
+    x: Tensor,
+    bank: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    blur: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    blur_stride: int,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    grid = _grid(x, bank, stride, padding)
+    if blur is not None:
+        grid = tuple(conv_size(n, blur.shape[0], blur_stride, 0) for n in grid)  # type: ignore
+    fields, order = bank.shape[:2]
+    shape = (x.shape[0], fields, *([] if pool else [order]), *grid)
+    return x.new_empty(shape), x.new_empty(shape if pool else 0, dtype=torch.uint8)
+
+
+def _apply_backward_fake(
+    dy: Tensor,
+    arg: Tensor,
+    x: Tensor,
+    bank: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    *_: Any,
+    input_gradient: bool,
+    **__: Any,
+) -> tuple[Tensor, ...]:
+    dx = x.new_empty(x.shape if input_gradient else 0)
+    return (
+        bank.new_empty(bank.shape),
+        scale.new_empty(scale.shape),
+        scale.new_empty(scale.shape),
+        dx,
+    )
+
+
+_lift_apply_backward = define(
+    "lift",
+    "apply_backward",
+    "(Tensor dy, Tensor arg, Tensor x, Tensor bank, Tensor? mask, Tensor scale, Tensor shift,"
+    " Tensor? blur, *, int stride, int padding, int blur_stride, bool pool, bool input_gradient)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _apply_backward_fake,
+)
+
+
+def _apply_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _apply_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *inputs, arg = ctx.saved_tensors
+    dbank, dscale, dshift, dx = _lift_apply_backward(
+        dy.contiguous(), arg, *inputs, **ctx.options, input_gradient=ctx.needs_input_grad[0]
+    )
+    return dx if ctx.needs_input_grad[0] else None, dbank, None, dscale, dshift, None
+
+
+_lift_apply = define(
+    "lift",
+    "apply",
+    "(Tensor x, Tensor bank, Tensor? mask, Tensor scale, Tensor shift, Tensor? blur, *,"
+    " int stride, int padding, int blur_stride, bool pool) -> (Tensor, Tensor)",
+    _apply_fake,
+    setup_context=_apply_context,
+    backward=_apply_backward,
+)
+
+
+def _lift_fused(
+    backend: str,
+    x: Tensor,
+    bank: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    blur: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    blur_stride: int,
+    pool: bool,
+    eps: float,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`lift` by the kernels of ``backend``."""
+    x = autocast(x)
+    dtype = parameter_dtype(x)
+    bank = parameter(bank, dtype)
+    mask = None if mask is None else parameter(mask, dtype)
+    blur = None if blur is None else parameter(blur, dtype)
+    geometry = {"stride": stride, "padding": padding, "backend": backend}
+    mean = variance = None
+    if running is None:
+        correlate = torch.is_grad_enabled() and bank.requires_grad
+        mean, variance, _, _ = _lift_moments(x, bank, mask, correlate=correlate, **geometry)
+        height, width = _grid(x, bank, stride, padding)
+        count = x.shape[0] * bank.shape[1] * height * width
+        scale, shift, mean, variance = batch_affine(
+            mean, variance, count, norm_weight, norm_bias, eps=eps, process_group=process_group
+        )
+    else:
+        scale, shift = running_affine(running, norm_weight, norm_bias, dtype, eps)
+    y, _ = _lift_apply(
+        x, bank, mask, scale, shift, blur, blur_stride=blur_stride, pool=pool, **geometry
+    )
+    return y, mean, variance

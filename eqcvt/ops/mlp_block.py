@@ -9,10 +9,14 @@ Source: Vaswani et al., arXiv:1706.03762, section 3.3; Wu et al., arXiv:2103.158
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
+from eqcvt.ops._register import autocast, define, parameter, parameter_dtype, seed_of
 from eqcvt.ops.norm import layer_norm
 
 
@@ -37,9 +41,6 @@ def mlp_block_reference(
     if dropout > 0:
         y = F.dropout(y, dropout)
     return x + y.permute(0, 3, 1, 2)
-
-
-_backend.register("mlp_block", "reference", mlp_block_reference)
 
 
 def mlp_block(
@@ -82,6 +83,58 @@ def mlp_block(
             f"mlp_block needs x [B, D, H, W], w1 [E, D], w2 [D, E], "
             f"got {list(x.shape)}, {list(w1.shape)}, {list(w2.shape)}"
         )
-    implementation = _backend.dispatch("mlp_block", x, backend)
-    y: Tensor = implementation(x, norm_weight, norm_bias, w1, b1, w2, b2, dropout=dropout, eps=eps)
-    return y
+    chosen = _backend.choose(
+        "mlp_block", x.device.type, backend, lambda module: module.supports(autocast(x), w1)
+    )
+    implementation = (
+        mlp_block_reference if chosen == "reference" else partial(_mlp_block_fused, chosen)
+    )
+    return implementation(x, norm_weight, norm_bias, w1, b1, w2, b2, dropout=dropout, eps=eps)
+
+
+_mlp_block_backward = define(
+    "mlp_block",
+    "backward",
+    "(Tensor dy, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1, Tensor w2,"
+    " Tensor b2, Tensor seed, *, float dropout, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, *inputs, **_: tuple(t.new_empty(t.shape) for t in inputs[:-1]),
+)
+
+
+def _context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_mlp_block_backward(dy.contiguous(), *ctx.saved_tensors, **ctx.options), None
+
+
+_mlp_block_forward = define(
+    "mlp_block",
+    "forward",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
+    " Tensor seed, *, float dropout, float eps) -> Tensor",
+    lambda x, *_, **__: x.new_empty(x.shape),
+    setup_context=_context,
+    backward=_backward,
+)
+
+
+def _mlp_block_fused(
+    backend: str, x: Tensor, *parameters: Tensor, dropout: float, eps: float
+) -> Tensor:
+    """:func:`mlp_block` by the kernels of ``backend``."""
+    x = autocast(x)
+    batch, dim, height, width = x.shape
+    tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, dim).contiguous()
+    y: Tensor = _mlp_block_forward(
+        tokens,
+        *(parameter(t, parameter_dtype(x)) for t in parameters),
+        seed_of(x, dropout),
+        dropout=dropout,
+        eps=eps,
+        backend=backend,
+    )
+    return y.reshape(batch, height, width, dim).permute(0, 3, 1, 2)

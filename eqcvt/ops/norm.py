@@ -57,6 +57,61 @@ def _synchronised(
     return y, mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach()
 
 
+def batch_affine(
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return batch normalisation as ``scale * x + shift``, from the moments of this batch.
+
+    Args:
+        mean: ``[F]``.
+        variance: ``[F]``, biased.
+        count: number of values behind each.
+        weight: ``[F]``, the scale of the norm.
+        bias: ``[F]``, its shift.
+        eps: added to the variance.
+        process_group: if given, the moments are first made those of all its processes together.
+
+    Returns:
+        ``scale`` and ``shift`` ``[F]``, differentiable by all tensors, and the mean and unbiased
+        variance ``[F]`` that running statistics are updated with.
+
+    Raises:
+        ValueError: without ``process_group``, if there is only one value per channel.
+    """
+    dtype = mean.dtype
+    if process_group is not None:
+        wide = mean.double()  # float32 does not count the pixels of a large batch
+        summed = _all_sum(torch.cat([wide * count, wide.new_full((1,), count)]), process_group)
+        total = summed[-1].detach()
+        centre = summed[:-1] / total
+        spread = variance.double() + (wide - centre).square()
+        wide = _all_sum(spread * count, process_group) / total
+        mean, variance = centre.to(dtype), wide.to(dtype)
+        unbiased = (wide * total / (total - 1).clamp_min(1)).to(dtype)
+    elif count == 1:
+        raise ValueError("batch statistics need more than one value per channel")
+    else:
+        unbiased = variance * (count / max(count - 1, 1))
+    scale = weight.to(dtype) * torch.rsqrt(variance + eps)
+    return scale, bias.to(dtype) - mean * scale, mean.detach(), unbiased.detach()
+
+
+def running_affine(
+    running: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, dtype: torch.dtype, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return batch normalisation with running statistics as ``scale * x + shift``, each ``[F]``."""
+    mean, variance = (t.to(dtype) for t in running)
+    scale = weight.to(dtype) * torch.rsqrt(variance + eps)
+    return scale, bias.to(dtype) - mean * scale
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor,

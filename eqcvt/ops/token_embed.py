@@ -10,10 +10,15 @@ Source: Wu et al., arXiv:2103.15808, section 3.1.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
+from eqcvt.ops._register import autocast, define, parameter, parameter_dtype
+from eqcvt.ops.lift import conv_size
 from eqcvt.ops.norm import layer_norm
 
 
@@ -31,9 +36,6 @@ def token_embed_reference(
     """The definition of :func:`token_embed` in plain PyTorch."""
     y = F.conv2d(x, filters, bias, stride=stride, padding=padding)
     return layer_norm(y, norm_weight, norm_bias, eps=eps)
-
-
-_backend.register("token_embed", "reference", token_embed_reference)
 
 
 def token_embed(
@@ -73,8 +75,84 @@ def token_embed(
             f"token_embed needs x [B, {filters.shape[1]}, H, W] for these filters, "
             f"got {list(x.shape)}"
         )
-    implementation = _backend.dispatch("token_embed", x, backend)
-    y: Tensor = implementation(
+    chosen = _backend.choose(
+        "token_embed", x.device.type, backend, lambda module: module.supports(autocast(x), filters)
+    )
+    implementation = (
+        token_embed_reference if chosen == "reference" else partial(_token_embed_fused, chosen)
+    )
+    return implementation(
         x, filters, bias, norm_weight, norm_bias, stride=stride, padding=padding, eps=eps
     )
-    return y
+
+
+def _forward_fake(
+    x: Tensor, filters: Tensor, *_: Tensor, stride: int, padding: int, eps: float
+) -> Tensor:
+    height, width = (conv_size(n, filters.shape[-1], stride, padding) for n in x.shape[-2:])
+    return x.new_empty(x.shape[0], height, width, filters.shape[0])
+
+
+def _backward_fake(dy: Tensor, *inputs: Tensor, input_gradient: bool, **_: Any) -> Any:
+    x, *parameters = inputs
+    return x.new_empty(x.shape if input_gradient else 0), *(
+        t.new_empty(t.shape) for t in parameters
+    )
+
+
+_token_embed_backward = define(
+    "token_embed",
+    "backward",
+    "(Tensor dy, Tensor x, Tensor filters, Tensor bias, Tensor norm_weight, Tensor norm_bias, *,"
+    " int stride, int padding, float eps, bool input_gradient)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+def _context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[0]
+    dx, *parameters = _token_embed_backward(
+        dy.contiguous(), *ctx.saved_tensors, **ctx.options, input_gradient=needed
+    )
+    return dx if needed else None, *parameters
+
+
+_token_embed_forward = define(
+    "token_embed",
+    "forward",
+    "(Tensor x, Tensor filters, Tensor bias, Tensor norm_weight, Tensor norm_bias, *,"
+    " int stride, int padding, float eps) -> Tensor",
+    _forward_fake,
+    setup_context=_context,
+    backward=_backward,
+)
+
+
+def _token_embed_fused(
+    backend: str,
+    x: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    eps: float,
+) -> Tensor:
+    """:func:`token_embed` by the kernels of ``backend``."""
+    x = autocast(x)
+    if bias is None:
+        bias = filters.new_zeros(filters.shape[0])
+    given = (filters, bias, norm_weight, norm_bias)
+    parameters = (parameter(t, parameter_dtype(x)) for t in given)
+    y: Tensor = _token_embed_forward(
+        x.contiguous(), *parameters, stride=stride, padding=padding, eps=eps, backend=backend
+    )
+    return y.permute(0, 3, 1, 2)

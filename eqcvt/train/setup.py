@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eqcvt.data import LensingImages, load, split
 from eqcvt.models import VisionModel, create_model
+from eqcvt.nn import set_backend
 from eqcvt.train.config import SPLIT_SEED, TrainConfig
 
 SPLITS = ("train", "val")
@@ -43,6 +44,8 @@ def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
 def make_model(config: TrainConfig, data: LensingImages) -> VisionModel:
     """The model of the configuration, with channels, size and classes of the data.
 
+    Its ops take the backend in force, as those of ``eqcvt.fast``.
+
     Raises:
         TypeError, ValueError: when ``model_kwargs`` do not fit the model or contradict the data.
     """
@@ -59,7 +62,9 @@ def make_model(config: TrainConfig, data: LensingImages) -> VisionModel:
             raise ValueError(
                 f"model_kwargs says {key}={config.model_kwargs[key]!r}, the data has {value!r}"
             )
-    return create_model(config.model, **{**config.model_kwargs, **known})
+    model = create_model(config.model, **{**config.model_kwargs, **known})
+    set_backend(model, None)
+    return model
 
 
 def make_average(model: VisionModel, decay: float) -> AveragedModel | None:

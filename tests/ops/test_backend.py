@@ -77,7 +77,8 @@ def test_explain_names_one_choice_for_each_op_and_device() -> None:
             mine = [row for row in rows if (row.op, row.device) == (op, device)]
             assert [row.chosen for row in mine].count(True) == 1
             assert mine[-1].backend == "reference"
-            assert all((row.reason is None) == row.available for row in mine)
+            assert all(row.reason is not None for row in mine if not row.available)
+            assert all(row.reason is None for row in mine if row.chosen)
 
 
 def test_an_unknown_backend_is_named() -> None:

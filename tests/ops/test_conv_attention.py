@@ -12,6 +12,8 @@ from torch import Tensor
 from eqcvt import groups, ops
 from eqcvt.nn import Filters
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def _depthwise(dim: int, kernel: int = 3, symmetric: bool = False) -> ops.Depthwise:
     filters = torch.randn(dim, 1, kernel, kernel, dtype=torch.float64)

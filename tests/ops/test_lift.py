@@ -12,6 +12,7 @@ from torch import Tensor
 from eqcvt import groups, ops
 from tests.tolerance import assert_as_good
 
+pytestmark = pytest.mark.usefixtures("backend")
 GROUPS = ("C4", "D4", "C8", "D8")
 
 
@@ -43,7 +44,7 @@ def test_bank_holds_the_turned_copies_of_each_filter() -> None:
 
 def test_block_is_its_formula_written_out() -> None:
     x, bank, scale, shift = _inputs(size=11)
-    mask, blur = ops.circular_mask(11), ops.blur_kernel(0.66)
+    mask, blur = ops.circular_mask(11), ops.blur_line(0.66)
     y, mean, variance = ops.lift(x, bank, scale, shift, None, mask, blur, padding=1)
 
     padded = F.pad(x * mask, (1, 1, 1, 1))
@@ -54,7 +55,9 @@ def test_block_is_its_formula_written_out() -> None:
         u.var(axes, unbiased=False, keepdim=True) + 1e-5
     ).sqrt()
     r = (normalised * scale.view(1, -1, 1, 1, 1) + shift.view(1, -1, 1, 1, 1)).clamp(min=0)
-    expected = torch.einsum("bfghwij,ij->bfghw", r.unfold(3, 5, 1).unfold(4, 5, 1), blur).amax(2)
+    expected = torch.einsum(
+        "bfghwij,ij->bfghw", r.unfold(3, 5, 1).unfold(4, 5, 1), torch.outer(blur, blur)
+    ).amax(2)
 
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(mean, u.mean(axes), atol=1e-12, rtol=0)
@@ -79,7 +82,7 @@ def test_running_statistics_replace_the_batch_s() -> None:
 def test_block_turns_with_the_image(name: str, pool: bool) -> None:
     group = groups.Group.from_name(name)
     x, bank, scale, shift = _inputs(name, size=17)
-    mask, blur = ops.circular_mask(17), ops.blur_kernel(0.66)
+    mask, blur = ops.circular_mask(17), ops.blur_line(0.66)
 
     def block(images: Tensor) -> Tensor:
         return ops.lift(images, bank, scale, shift, None, mask, blur, padding=1, pool=pool)[0]
@@ -116,7 +119,7 @@ def test_quarter_turn_of_c8_block_survives_interpolated_45_degrees() -> None:
 @pytest.mark.parametrize("blurred", [True, False])
 def test_gradients_are_those_of_finite_differences(stride: int, blurred: bool) -> None:
     x, bank, scale, shift = _inputs(channels=1, fields=2, size=9, kernel=3)
-    blur = ops.blur_kernel(0.4) if blurred else None
+    blur = ops.blur_line(0.4) if blurred else None
     inputs = [t.requires_grad_() for t in (x, bank, scale, shift)]
     assert torch.autograd.gradcheck(
         lambda *t: ops.lift(*t, None, None, blur, stride=stride, blur_stride=stride)[0], inputs
@@ -173,7 +176,7 @@ def test_nan_reaches_every_element_it_should_and_no_other() -> None:
     x, bank, scale, shift = _inputs(size=17, kernel=3)
     running = (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
     x[0, 0, 8, 8] = float("nan")
-    y, _, _ = ops.lift(x, bank, scale, shift, running, None, ops.blur_kernel(0.66))
+    y, _, _ = ops.lift(x, bank, scale, shift, running, None, ops.blur_line(0.66))
     expected = torch.zeros(2, 3, 11, 11, dtype=torch.bool)
     expected[0, :, 2:9, 2:9] = True
     assert torch.equal(y.isnan(), expected)

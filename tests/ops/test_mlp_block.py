@@ -7,6 +7,8 @@ import torch
 
 from eqcvt import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def _weights(dim: int = 4, hidden: int = 7) -> list[torch.Tensor]:
     shapes = [(dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,)]

@@ -8,6 +8,8 @@ import torch
 from eqcvt import groups, ops
 from eqcvt.nn import Filters
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def _weights(
     dim: int = 6, channels: int = 3, kernel: int = 3

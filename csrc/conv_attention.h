@@ -1,0 +1,62 @@
+// Launchers of attention with convolutional projections, see conv_attention_* in
+// tests/ops/primitives.py.
+//
+// D channels, h = heads, N = H * W queries, M = ceil(H / kv_stride) * ceil(W / kv_stride) keys. x
+// and dx [B, H, W, D] hold channels last; filters [D, kk, kk], kk odd. Statistics are those of the
+// values as stored in a, b and c.
+#pragma once
+
+#include "eqcvt.h"
+
+// v and c are null where values share the keys' projection. mean, variance [P, D] are null without
+// moments; P = 2, or 3 with v.
+EQCVT_CPU(conv_attention_project, int dtype, const void* x, const void* q, const void* k,
+          const void* v, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk, int64_t kv_stride,
+          int moments, void* a, void* b, void* c, void* mean, void* variance, int threads);
+// dmean, dvariance and mean are null without moments; dc, c, v and dv without v.
+EQCVT_CPU(conv_attention_project_backward, int dtype, const void* da, const void* db,
+          const void* dc, const void* dmean, const void* dvariance, const void* a, const void* b,
+          const void* c, const void* mean, const void* x, const void* q, const void* k,
+          const void* v, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk, int64_t kv_stride,
+          void* dx, void* dq, void* dk, void* dv, int threads);
+// c and residual may be null; o and lse are null without save.
+EQCVT_CPU(conv_attention_attend, int dtype, const void* a, const void* b, const void* c,
+          const void* residual, const void* scale, const void* shift, const void* wq,
+          const void* bq, const void* wo, const void* bo, const void* seed, int64_t B, int64_t N,
+          int64_t M, int64_t D, int64_t heads, int save, double dropout, void* y, void* o,
+          void* lse, int threads);
+// c and dc may be null.
+EQCVT_CPU(conv_attention_attend_backward, int dtype, const void* dy, const void* a, const void* b,
+          const void* c, const void* scale, const void* shift, const void* wq, const void* bq,
+          const void* wo, const void* bo, const void* seed, const void* o, const void* lse,
+          int64_t B, int64_t N, int64_t M, int64_t D, int64_t heads, double dropout, void* da,
+          void* db, void* dc, void* dscale, void* dshift, void* dwq, void* dbq, void* dwo,
+          void* dbo, int threads);
+
+EQCVT_API int eqcvt_cuda_conv_attention_project(int dtype, const void* x, const void* q,
+                                                const void* k, const void* v, int64_t B, int64_t D,
+                                                int64_t H, int64_t W, int64_t kk, int64_t kv_stride,
+                                                int moments, void* a, void* b, void* c, void* mean,
+                                                void* variance, void* workspace,
+                                                int64_t* workspace_bytes, void* stream);
+EQCVT_API int eqcvt_cuda_conv_attention_project_backward(
+    int dtype, const void* da, const void* db, const void* dc, const void* dmean,
+    const void* dvariance, const void* a, const void* b, const void* c, const void* mean,
+    const void* x, const void* q, const void* k, const void* v, int64_t B, int64_t D, int64_t H,
+    int64_t W, int64_t kk, int64_t kv_stride, void* dx, void* dq, void* dk, void* dv,
+    void* workspace, int64_t* workspace_bytes, void* stream);
+EQCVT_API int eqcvt_cuda_conv_attention_attend(int dtype, const void* a, const void* b,
+                                               const void* c, const void* residual,
+                                               const void* scale, const void* shift, const void* wq,
+                                               const void* bq, const void* wo, const void* bo,
+                                               const void* seed, int64_t B, int64_t N, int64_t M,
+                                               int64_t D, int64_t heads, int save, double dropout,
+                                               void* y, void* o, void* lse, void* workspace,
+                                               int64_t* workspace_bytes, void* stream);
+EQCVT_API int eqcvt_cuda_conv_attention_attend_backward(
+    int dtype, const void* dy, const void* a, const void* b, const void* c, const void* scale,
+    const void* shift, const void* wq, const void* bq, const void* wo, const void* bo,
+    const void* seed, const void* o, const void* lse, int64_t B, int64_t N, int64_t M, int64_t D,
+    int64_t heads, double dropout, void* da, void* db, void* dc, void* dscale, void* dshift,
+    void* dwq, void* dbq, void* dwo, void* dbo, void* workspace, int64_t* workspace_bytes,
+    void* stream);

@@ -1,0 +1,447 @@
+// Depthwise projections of channels-last images, their batch statistics, and the backward pass.
+//
+// The lanes of vectors are channels. A thread goes down the rows of its share of the images and
+// keeps the few rows that a filter covers as numbers with zeros around them, so that no loop meets
+// an edge. Queries, keys and values, or all gradients, are made on the way: the image is read once.
+#include "../conv_attention.h"
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t kMaxFilter = 31;
+
+struct Shape {
+    int64_t B, D, H, W, kk, kv_stride, stride, P; // `stride` is that of channels: D, padded
+    int64_t pad() const { return kk / 2; }
+    int64_t step(int side) const { return side == 0 ? 1 : kv_stride; }
+    int64_t height(int side) const { return (H - 1) / step(side) + 1; }
+    int64_t width(int side) const { return (W - 1) / step(side) + 1; }
+    int64_t tokens(int side) const { return height(side) * width(side); }
+    int64_t taps() const { return kk * kk * stride; } // of one projection
+    int useful_threads(int threads) const {
+        const int64_t most = B * H > 0 ? B * H : 1;
+        return threads < 1 ? 1 : static_cast<int>(threads < most ? threads : most);
+    }
+};
+
+// The rows around a position in an image [height, width, D], each [width + 2 pad, stride].
+template <class T> struct Window {
+    using S = number_t<T>;
+    const T* images;
+    int64_t height, width, D, stride, pad, slots;
+    S* memory; // a row of zeros, then the slots
+    // If `raw` is given, each entry g is the gradient g + shift + slope * (raw - mean).
+    const T* raw = nullptr;
+    const S *shift = nullptr, *slope = nullptr, *mean = nullptr;
+    int64_t image = -1;
+    int64_t held[kMaxFilter]{};
+
+    int64_t length() const { return (width + 2 * pad) * stride; }
+    static int64_t size(const Shape& z, int side) {
+        return (z.kk + 1) * (z.width(side) + 2 * z.pad()) * z.stride;
+    }
+    Window(const Shape& z, int side, const T* images_, S* memory_)
+        : images(images_), height(z.height(side)), width(z.width(side)), D(z.D), stride(z.stride),
+          pad(z.pad()), slots(z.kk), memory(memory_) {
+        memset(memory, 0, static_cast<size_t>(size(z, side)) * sizeof(S));
+    }
+    void go_to(int64_t i) {
+        if (i == image) return;
+        image = i;
+        for (int64_t slot = 0; slot < slots; ++slot) held[slot] = -1;
+    }
+    const S* row(int64_t y) {
+        if (y < 0 || y >= height) return memory;
+        const int64_t slot = y % slots;
+        S* to = memory + (slot + 1) * length();
+        if (held[slot] != y) {
+            held[slot] = y;
+            const int64_t from = (image * height + y) * width * D;
+            load_rows(to + pad * stride, images + from, width, width, D, D, stride);
+            if (raw) correct(to + pad * stride, raw + from);
+        }
+        return to;
+    }
+    void correct(S* to, const T* values) const {
+        for (int64_t x = 0; x < width; ++x) {
+            int64_t d = 0;
+            for (; d + ::width<S> <= D; d += ::width<S>) {
+                S* entry = to + x * stride + d;
+                const vec<S> centred = load_numbers(values + x * D + d) - load(mean + d);
+                store<S>(entry, load(entry) + load(shift + d) + load(slope + d) * centred);
+            }
+            for (; d < D; ++d)
+                to[x * stride + d] +=
+                    shift[d] + slope[d] * (to_number(values[x * D + d]) - mean[d]);
+        }
+    }
+};
+
+// Filters [D, kk, kk] to [kk, kk, stride], zeros beyond D; turned by 180 degrees if asked.
+template <class S> void load_filters(const Shape& z, S* to, const S* filters, bool turned) {
+    const int64_t taps = z.kk * z.kk;
+    for (int64_t i = 0; i < z.taps(); ++i) to[i] = 0;
+    for (int64_t d = 0; d < z.D; ++d)
+        for (int64_t i = 0; i < taps; ++i)
+            to[(turned ? taps - 1 - i : i) * z.stride + d] = filters[d * taps + i];
+}
+
+// to[x] = sum over the filter of rows[i][x * step + j] filter[i][j], for `count` positions.
+template <int KK, class S> void correlate(const Shape& z, S* to, const S* const* rows,
+                                          const S* filter, int64_t count, int64_t step) {
+    const int64_t kk = KK ? KK : z.kk;
+    for (int64_t d = 0; d < z.stride; d += width<S>) {
+        vec<S> weight[KK ? KK * KK : 1];
+        for (int i = 0; i < KK * KK; ++i) weight[i] = load(filter + i * z.stride + d);
+        for (int64_t x = 0; x < count; ++x) {
+            vec<S> sum = {};
+            for (int64_t i = 0; i < kk; ++i)
+                for (int64_t j = 0; j < kk; ++j) {
+                    const int64_t tap = i * kk + j;
+                    const vec<S> w = KK ? weight[KK ? tap : 0] : load(filter + tap * z.stride + d);
+                    sum += load(rows[i] + (x * step + j) * z.stride + d) * w;
+                }
+            store<S>(to + x * z.stride + d, sum);
+        }
+    }
+}
+
+template <class S> void correlate(const Shape& z, S* to, const S* const* rows, const S* filter,
+                                  int64_t count, int64_t step) {
+    if (z.kk == 3)
+        correlate<3>(z, to, rows, filter, count, step);
+    else
+        correlate<0>(z, to, rows, filter, count, step);
+}
+
+// to[x * step + j] += g[x] filter[j]: what a row of a strided projection's gradient gives back.
+template <class S>
+void spread(const Shape& z, S* to, const S* g, const S* filter, int64_t count, int64_t step) {
+    for (int64_t j = 0; j < z.kk; ++j)
+        for (int64_t d = 0; d < z.stride; d += width<S>) {
+            const vec<S> weight = load(filter + j * z.stride + d);
+            for (int64_t x = 0; x < count; ++x) {
+                S* entry = to + (x * step + j) * z.stride + d;
+                store<S>(entry, load(entry) + load(g + x * z.stride + d) * weight);
+            }
+        }
+}
+
+// total[j] += sum over x of g[x] row[x * step + j], J columns j of the filter at once.
+template <int J, class S> void add_taps(const Shape& z, double* total, const S* g, const S* row,
+                                        int64_t count, int64_t step) {
+    for (int64_t j0 = 0; j0 < z.kk; j0 += J)
+        for (int64_t d = 0; d < z.stride; d += width<S>) {
+            vec<S> sum[J] = {};
+            for (int64_t x = 0; x < count; ++x) {
+                const vec<S> entry = load(g + x * z.stride + d);
+                for (int j = 0; j < J; ++j)
+                    sum[j] += entry * load(row + (x * step + j0 + j) * z.stride + d);
+            }
+            for (int j = 0; j < J; ++j) {
+                S lane[width<S>];
+                store<S>(lane, sum[j]);
+                for (int l = 0; l < width<S>; ++l) total[(j0 + j) * z.stride + d + l] += lane[l];
+            }
+        }
+}
+
+template <class S> void add_taps(const Shape& z, double* total, const S* g, const S* row,
+                                 int64_t count, int64_t step) {
+    if (z.kk % 3 == 0)
+        add_taps<3>(z, total, g, row, count, step);
+    else if (z.kk % 5 == 0)
+        add_taps<5>(z, total, g, row, count, step);
+    else
+        add_taps<1>(z, total, g, row, count, step);
+}
+
+// Mean and sum of squared deviations of each channel, by Chan's rule for joining parts.
+struct Moments {
+    double count;
+    double *mean, *squares;
+
+    void join(int64_t D, double n, const double* other_mean, const double* other_squares) {
+        if (n == 0) return;
+        const double total = count + n;
+        for (int64_t d = 0; d < D; ++d) {
+            const double step = other_mean[d] - mean[d];
+            mean[d] += step * (n / total);
+            squares[d] += other_squares[d] + step * step * (count * n / total);
+        }
+        count = total;
+    }
+};
+
+// Adds a row of tokens, as stored: sums in S around its first token.
+template <class T>
+void add_row(Moments& moments, const T* tokens, int64_t count, int64_t D, double* scratch) {
+    using S = number_t<T>;
+    double *mean = scratch, *squares = scratch + D;
+    const auto finish = [&](int64_t d, S centre, S sum, S square) {
+        const double offset = static_cast<double>(sum) / static_cast<double>(count);
+        mean[d] = static_cast<double>(centre) + offset;
+        squares[d] = static_cast<double>(square) - static_cast<double>(sum) * offset;
+    };
+    int64_t d = 0;
+    for (; d + width<S> <= D; d += width<S>) {
+        const vec<S> centre = load_numbers(tokens + d);
+        vec<S> sum = {}, square = {};
+        for (int64_t x = 0; x < count; ++x) {
+            const vec<S> u = load_numbers(tokens + x * D + d) - centre;
+            sum += u;
+            square += u * u;
+        }
+        S lane[3][width<S>];
+        store<S>(lane[0], centre);
+        store<S>(lane[1], sum);
+        store<S>(lane[2], square);
+        for (int l = 0; l < width<S>; ++l) finish(d + l, lane[0][l], lane[1][l], lane[2][l]);
+    }
+    for (; d < D; ++d) {
+        const S centre = to_number(tokens[d]);
+        S sum = 0, square = 0;
+        for (int64_t x = 0; x < count; ++x) {
+            const S u = to_number(tokens[x * D + d]) - centre;
+            sum += u;
+            square += u * u;
+        }
+        finish(d, centre, sum, square);
+    }
+    moments.join(D, static_cast<double>(count), mean, squares);
+}
+
+template <class T> struct Project {
+    using S = number_t<T>;
+    Shape z;
+    const T* x;
+    const S* filters[3];
+    T* out[3];
+    S *mean, *variance; // [P, D], or null
+};
+
+// Rows begin .. end of all images together; the moments of side i begin at i * 2 D.
+template <class T> void project_rows(const Project<T>& p, const number_t<T>* filters,
+                                     number_t<T>* memory, double* moments, double* counts,
+                                     Range range) {
+    using S = number_t<T>;
+    const Shape& z = p.z;
+    Window<T> window(z, 0, p.x, memory);
+    S* to = memory + Window<T>::size(z, 0);
+    double* scratch = moments + 6 * z.D;
+    Moments sides[3];
+    for (int i = 0; i < 3; ++i) sides[i] = {0, moments + i * 2 * z.D, moments + (i * 2 + 1) * z.D};
+    for (int64_t i = 0; i < 6 * z.D; ++i) moments[i] = 0;
+    for (int64_t t = range.begin; t < range.end; ++t) {
+        const int64_t image = t / z.H, y = t % z.H;
+        window.go_to(image);
+        const S* rows[kMaxFilter];
+        for (int64_t i = 0; i < z.kk; ++i) rows[i] = window.row(y + i - z.pad());
+        for (int side = 0; side < z.P; ++side) {
+            const int64_t step = z.step(side), W = z.width(side);
+            if (y % step) continue;
+            correlate(z, to, rows, filters + side * z.taps(), W, step);
+            T* tokens = p.out[side] + (image * z.tokens(side) + y / step * W) * z.D;
+            for (int64_t x = 0; x < W; ++x) store_row(tokens + x * z.D, to + x * z.stride, z.D);
+            if (p.mean) add_row(sides[side], tokens, W, z.D, scratch);
+        }
+    }
+    for (int i = 0; i < 3; ++i) counts[i] = sides[i].count;
+}
+
+template <class T> int project(const Project<T>& p, int threads) {
+    using S = number_t<T>;
+    const Shape& z = p.z;
+    const int64_t each = round_up(Window<T>::size(z, 0) + z.W * z.stride, 64);
+    Scratch<S> filters(z.P * z.taps()), memory(each * threads);
+    Scratch<double> moments((8 * z.D + 3) * threads);
+    if (!filters.data || !memory.data || !moments.data) return EQCVT_NO_MEMORY;
+    for (int side = 0; side < z.P; ++side)
+        load_filters(z, filters.data + side * z.taps(), p.filters[side], false);
+    double* counts = moments.data + 8 * z.D * threads;
+    parallel(threads, [&](int i, int n) {
+        project_rows(p, filters.data, memory.data + i * each, moments.data + 8 * z.D * i,
+                     counts + 3 * i, Range(z.B * z.H, i, n));
+    });
+    if (!p.mean) return EQCVT_OK;
+    for (int side = 0; side < z.P; ++side) {
+        double* of_first = moments.data + side * 2 * z.D;
+        Moments all{counts[side], of_first, of_first + z.D};
+        for (int i = 1; i < threads; ++i) {
+            const double* other = of_first + 8 * z.D * i;
+            all.join(z.D, counts[3 * i + side], other, other + z.D);
+        }
+        const double n = all.count > 0 ? all.count : 1;
+        for (int64_t d = 0; d < z.D; ++d) {
+            p.mean[side * z.D + d] = static_cast<S>(all.mean[d]);
+            p.variance[side * z.D + d] = static_cast<S>(all.squares[d] / n);
+        }
+    }
+    return EQCVT_OK;
+}
+
+template <class T> struct ProjectBackward {
+    using S = number_t<T>;
+    Shape z;
+    const T *x, *gradients[3], *raw[3];
+    const S *filters[3], *dmean, *dvariance, *mean;
+    T* dx;
+    S* dfilters[3];
+};
+
+// Memory of a thread, in S.
+template <class T> int64_t backward_size(const Shape& z) {
+    return round_up(
+        2 * Window<T>::size(z, 0) + 2 * Window<T>::size(z, 1) + (z.W + 2 * z.pad()) * z.stride, 64);
+}
+
+// `statistics` holds shift and slope, see Window, of each side; `totals` the filters' gradients.
+template <class T> void backward_rows(const ProjectBackward<T>& p, const number_t<T>* filters,
+                                      const number_t<T>* statistics, number_t<T>* memory,
+                                      double* totals, Range range) {
+    using S = number_t<T>;
+    const Shape& z = p.z;
+    const int64_t pad = z.pad();
+    Window<T> image(z, 0, p.x, memory);
+    memory += Window<T>::size(z, 0);
+    Window<T> sides[3] = {
+        {z, 0, p.gradients[0], memory},
+        {z, 1, p.gradients[1], memory + Window<T>::size(z, 0)},
+        {z, 1, p.gradients[2], memory + Window<T>::size(z, 0) + Window<T>::size(z, 1)}};
+    for (int side = 0; side < z.P && statistics; ++side) {
+        sides[side].raw = p.raw[side];
+        sides[side].shift = statistics + 2 * side * z.D;
+        sides[side].slope = statistics + (2 * side + 1) * z.D;
+        sides[side].mean = p.mean + side * z.D;
+    }
+    S* dx = memory + Window<T>::size(z, 0) + 2 * Window<T>::size(z, 1); // with the padding
+    for (int64_t i = 0; i < (z.W + 2 * pad) * z.stride; ++i) dx[i] = 0;
+    for (int64_t i = 0; i < z.P * z.taps(); ++i) totals[i] = 0;
+    for (int64_t t = range.begin; t < range.end; ++t) {
+        const int64_t y = t % z.H;
+        image.go_to(t / z.H);
+        const S* rows[kMaxFilter];
+        for (int side = 0; side < z.P; ++side) {
+            Window<T>& gradient = sides[side];
+            gradient.go_to(t / z.H);
+            const int64_t step = z.step(side);
+            if (side == 0) { // stride 1: dx = the gradient correlated with the turned filter
+                for (int64_t i = 0; i < z.kk; ++i) rows[i] = gradient.row(y + i - pad);
+                correlate(z, dx + pad * z.stride, rows, filters, z.W, 1);
+            }
+            for (int64_t i = 0; i < z.kk; ++i) {
+                const int64_t centre = y + pad - i;
+                if (side > 0 && centre % step == 0 && centre >= 0 &&
+                    centre / step < gradient.height)
+                    spread(z, dx, gradient.row(centre / step) + pad * z.stride,
+                           filters + side * z.taps() + i * z.kk * z.stride, gradient.width, step);
+                if (y % step == 0)
+                    add_taps(z, totals + side * z.taps() + i * z.kk * z.stride,
+                             gradient.row(y / step) + pad * z.stride, image.row(y + i - pad),
+                             gradient.width, step);
+            }
+        }
+        for (int64_t x = 0; x < z.W; ++x)
+            store_row(p.dx + (t * z.W + x) * z.D, dx + (x + pad) * z.stride, z.D);
+    }
+}
+
+template <class T> int project_backward(const ProjectBackward<T>& p, int threads) {
+    using S = number_t<T>;
+    const Shape& z = p.z;
+    const int64_t each = backward_size<T>(z), sums = z.P * z.taps();
+    Scratch<S> filters(sums), memory(each * threads), statistics(6 * z.D);
+    Scratch<double> totals(sums * threads);
+    if (!filters.data || !memory.data || !statistics.data || !totals.data) return EQCVT_NO_MEMORY;
+    for (int side = 0; side < z.P; ++side) {
+        load_filters(z, filters.data + side * z.taps(), p.filters[side], side == 0);
+        if (!p.dmean) continue;
+        const double n = static_cast<double>(z.B * z.tokens(side));
+        for (int64_t d = 0; d < z.D; ++d) {
+            statistics[2 * side * z.D + d] = static_cast<S>(p.dmean[side * z.D + d] / n);
+            statistics[(2 * side + 1) * z.D + d] =
+                static_cast<S>(2 * p.dvariance[side * z.D + d] / n);
+        }
+    }
+    parallel(threads, [&](int i, int n) {
+        backward_rows(p, filters.data, p.dmean ? statistics.data : nullptr, memory.data + i * each,
+                      totals.data + i * sums, Range(z.B * z.H, i, n));
+    });
+    const int64_t taps = z.kk * z.kk;
+    for (int side = 0; side < z.P; ++side)
+        for (int64_t d = 0; d < z.D; ++d)
+            for (int64_t i = 0; i < taps; ++i) {
+                double sum = 0;
+                for (int t = 0; t < threads; ++t)
+                    sum += totals[t * sums + side * z.taps() + i * z.stride + d];
+                p.dfilters[side][d * taps + i] = static_cast<S>(sum);
+            }
+    return EQCVT_OK;
+}
+
+template <class S> Shape make_shape(int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk,
+                                    int64_t kv_stride, bool separate) {
+    return {B, D, H, W, kk, kv_stride, round_up(D, width<S>), separate ? 3 : 2};
+}
+
+bool unsupported(int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk, int64_t kv_stride) {
+    return B < 0 || D < 1 || H < 1 || W < 1 || kv_stride < 1 || kk % 2 != 1 || kk > kMaxFilter;
+}
+
+} // namespace
+
+int EQCVT_KERNEL(conv_attention_project)(int dtype, const void* x, const void* q, const void* k,
+                                         const void* v, int64_t B, int64_t D, int64_t H, int64_t W,
+                                         int64_t kk, int64_t kv_stride, int moments, void* a,
+                                         void* b, void* c, void* mean, void* variance,
+                                         int threads) {
+    if (unsupported(B, D, H, W, kk, kv_stride)) return EQCVT_BAD_SIZE;
+    const auto run_as = [&](auto number) {
+        using T = decltype(number);
+        using S = number_t<T>;
+        const Shape z = make_shape<S>(B, D, H, W, kk, kv_stride, v != nullptr);
+        const Project<T> p{
+            z,
+            static_cast<const T*>(x),
+            {static_cast<const S*>(q), static_cast<const S*>(k), static_cast<const S*>(v)},
+            {static_cast<T*>(a), static_cast<T*>(b), static_cast<T*>(c)},
+            moments ? static_cast<S*>(mean) : nullptr,
+            moments ? static_cast<S*>(variance) : nullptr};
+        return project(p, z.useful_threads(threads));
+    };
+    if (dtype == EQCVT_F32) return run_as(float());
+    if (dtype == EQCVT_F64) return run_as(double());
+    if (dtype == EQCVT_BF16) return run_as(bf16());
+    return EQCVT_BAD_DTYPE;
+}
+
+int EQCVT_KERNEL(conv_attention_project_backward)(
+    int dtype, const void* da, const void* db, const void* dc, const void* dmean,
+    const void* dvariance, const void* a, const void* b, const void* c, const void* mean,
+    const void* x, const void* q, const void* k, const void* v, int64_t B, int64_t D, int64_t H,
+    int64_t W, int64_t kk, int64_t kv_stride, void* dx, void* dq, void* dk, void* dv, int threads) {
+    if (unsupported(B, D, H, W, kk, kv_stride)) return EQCVT_BAD_SIZE;
+    const auto run_as = [&](auto number) {
+        using T = decltype(number);
+        using S = number_t<T>;
+        const Shape z = make_shape<S>(B, D, H, W, kk, kv_stride, v != nullptr);
+        const ProjectBackward<T> p{
+            z,
+            static_cast<const T*>(x),
+            {static_cast<const T*>(da), static_cast<const T*>(db), static_cast<const T*>(dc)},
+            {static_cast<const T*>(a), static_cast<const T*>(b), static_cast<const T*>(c)},
+            {static_cast<const S*>(q), static_cast<const S*>(k), static_cast<const S*>(v)},
+            static_cast<const S*>(dmean),
+            static_cast<const S*>(dvariance),
+            static_cast<const S*>(mean),
+            static_cast<T*>(dx),
+            {static_cast<S*>(dq), static_cast<S*>(dk), static_cast<S*>(dv)}};
+        return project_backward(p, z.useful_threads(threads));
+    };
+    if (dtype == EQCVT_F32) return run_as(float());
+    if (dtype == EQCVT_F64) return run_as(double());
+    if (dtype == EQCVT_BF16) return run_as(bf16());
+    return EQCVT_BAD_DTYPE;
+}

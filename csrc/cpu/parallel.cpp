@@ -1,0 +1,125 @@
+#include "parallel.h"
+
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace {
+
+// Helpers that sleep until there is a task. They are detached and the pool is never destroyed, so
+// that neither the interpreter's end nor a fork waits for them.
+class Pool {
+  public:
+    void run(int threads, void (*task)(void*, int, int), void* context) {
+        std::lock_guard<std::mutex> turn(turn_);
+        int helpers = grow(threads - 1);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            task_ = task, context_ = context, threads_ = threads;
+            helpers_ = left_ = helpers;
+            ++generation_;
+        }
+        wake_.notify_all();
+        // Where the system gave fewer helpers than asked for, this thread does their share, so that
+        // the partition of the work, and with it the rounding, is that of `threads`.
+        for (int i = helpers; i < threads; ++i) task(context, i, threads);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return left_ == 0; });
+    }
+
+  private:
+    int grow(int wanted) {
+        while (started_ < wanted) {
+            try {
+                std::thread(&Pool::help, this, started_, generation_).detach();
+            } catch (const std::system_error&) {
+                break;
+            }
+            ++started_;
+        }
+        return wanted < started_ ? wanted : started_;
+    }
+
+    void help(int index, uint64_t seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return generation_ != seen; });
+            seen = generation_;
+            if (index >= helpers_) continue;
+            auto task = task_;
+            auto context = context_;
+            int threads = threads_;
+            lock.unlock();
+            task(context, index, threads);
+            lock.lock();
+            if (--left_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable wake_, done_;
+    void (*task_)(void*, int, int) = nullptr;
+    void* context_ = nullptr;
+    int threads_ = 0, helpers_ = 0, left_ = 0, started_ = 0;
+    uint64_t generation_ = 0;
+};
+
+Pool* pool = nullptr;
+std::mutex* pool_mutex = new std::mutex;
+
+Pool& the_pool() {
+    std::lock_guard<std::mutex> lock(*pool_mutex);
+    if (!pool) {
+        pool = new Pool;
+#if !defined(_WIN32)
+        // A forked child has none of the helpers, and locks in whatever state they were.
+        static bool registered = false;
+        if (!registered) {
+            pthread_atfork(nullptr, nullptr, [] {
+                pool = nullptr;
+                pool_mutex = new std::mutex;
+            });
+            registered = true;
+        }
+#endif
+    }
+    return *pool;
+}
+
+} // namespace
+
+EQCVT_API void eqcvt_parallel(int threads, void (*task)(void*, int, int), void* context) {
+    if (threads <= 1) {
+        task(context, 0, 1);
+        return;
+    }
+    the_pool().run(threads, task, context);
+}
+
+EQCVT_API void* eqcvt_allocate(size_t bytes) {
+    constexpr size_t alignment = 64;
+    size_t size = (bytes + alignment - 1) / alignment * alignment;
+    if (size < bytes) return nullptr;
+#if defined(_WIN32)
+    return _aligned_malloc(size ? size : alignment, alignment);
+#else
+    return std::aligned_alloc(alignment, size ? size : alignment);
+#endif
+}
+
+EQCVT_API void eqcvt_free(void* memory) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    std::free(memory);
+#endif
+}

@@ -1,0 +1,116 @@
+// Factors of dropout: 0, or 1 / (1 - p), from a counter-based generator that every backend shares.
+//
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) makes four
+// words of a key and a counter. The key is the seed; the counter is (i >> 2, stream) for the linear
+// index i of an entry, which takes word i & 3. So the mask can be made again, and in any order.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "simd.h"
+
+namespace {
+
+// 64-bit lanes that hold one 32-bit word each, in the lower half; the upper half is not kept clean.
+#if defined(EQCVT_VECTOR_BYTES)
+typedef uint64_t words __attribute__((vector_size(EQCVT_VECTOR_BYTES)));
+#else
+typedef uint64_t words;
+#endif
+constexpr int kWords = static_cast<int>(sizeof(words) / sizeof(uint64_t));
+
+// The products of the lower halves. The compilers find the instruction for it only by its name.
+EQCVT_INLINE words multiply_low(words a, words b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<words>( // masked by nothing: GCC warns about the plain one
+        _mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<words>(
+        _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__) && defined(EQCVT_VECTOR_BYTES) && !defined(__AVX__)
+    return reinterpret_cast<words>(
+        _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+    return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+// The four words of each block in `blocks`.
+EQCVT_INLINE void philox(words word[4], words blocks, uint64_t seed, uint32_t stream) {
+    const words m0 = words{} + 0xD2511F53u, m1 = words{} + 0xCD9E8D57u;
+    words c0 = blocks, c1 = blocks >> 32, c2 = words{} + stream, c3 = words{};
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        words a = multiply_low(c0, m0), b = multiply_low(c2, m1);
+        c0 = (b >> 32) ^ c1 ^ (words{} + k0);
+        c1 = b;
+        c2 = (a >> 32) ^ c3 ^ (words{} + k1);
+        c3 = a;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    word[0] = c0;
+    word[1] = c1;
+    word[2] = c2;
+    word[3] = c3;
+}
+
+// The bits of `kept` where a word is at least `threshold`, else of 0.
+EQCVT_INLINE words keep_bits(words word, uint64_t threshold, uint64_t kept) {
+    // Both are below 2^32, so the sign of the difference tells; no instruction set lacks the shift.
+    words dropped = words{} - (((word & 0xFFFFFFFFu) - threshold) >> 63);
+    return ~dropped & kept;
+}
+
+EQCVT_INLINE void store_factors(float* out, const words word[4], uint64_t threshold, float kept) {
+    uint32_t bits;
+    memcpy(&bits, &kept, sizeof bits);
+    words f[4];
+    for (int w = 0; w < 4; ++w) f[w] = keep_bits(word[w], threshold, bits);
+    const words pair[2] = {f[0] | (f[1] << 32), f[2] | (f[3] << 32)};
+    uint64_t lane[2][kWords];
+    memcpy(lane, pair, sizeof lane);
+    for (int l = 0; l < kWords; ++l)
+        for (int i = 0; i < 2; ++i) memcpy(out + 4 * l + 2 * i, &lane[i][l], 8);
+}
+
+EQCVT_INLINE void store_factors(double* out, const words word[4], uint64_t threshold, double kept) {
+    uint64_t bits;
+    memcpy(&bits, &kept, sizeof bits);
+    double lane[4][kWords];
+    for (int w = 0; w < 4; ++w) {
+        const words f = keep_bits(word[w], threshold, bits);
+        memcpy(lane[w], &f, sizeof f);
+    }
+    for (int l = 0; l < kWords; ++l)
+        for (int w = 0; w < 4; ++w) out[4 * l + w] = lane[w][l];
+}
+
+// out[i] = the factor of entry `first` + i, for 0 <= i < count; T is float or double.
+template <class T> inline void keep_factors(T* out, uint64_t seed, int64_t first, int64_t count,
+                                            uint32_t stream, double dropout) {
+    constexpr int64_t entries = 4 * kWords;
+    const uint64_t threshold = dropout < 1 ? static_cast<uint64_t>(dropout * 4294967296.0) : 0;
+    const T kept = dropout < 1 ? static_cast<T>(1 / (1 - dropout)) : T(0);
+    const int64_t lead = first & 3;
+    uint64_t block[kWords];
+    for (int l = 0; l < kWords; ++l) block[l] = static_cast<uint64_t>(first >> 2) + l;
+    words blocks, word[4];
+    memcpy(&blocks, block, sizeof blocks);
+    for (int64_t start = -lead; start < count; start += entries, blocks += kWords) {
+        philox(word, blocks, seed, stream);
+        const int64_t skip = start < 0 ? -start : 0;
+        const int64_t end = count - start < entries ? count - start : entries;
+        if (skip == 0 && end == entries) {
+            store_factors(out + start, word, threshold, kept);
+        } else if (end > skip) {
+            T factor[entries];
+            store_factors(factor, word, threshold, kept);
+            memcpy(out + start + skip, factor + skip, static_cast<size_t>(end - skip) * sizeof(T));
+        }
+    }
+}
+
+} // namespace

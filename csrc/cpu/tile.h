@@ -1,0 +1,100 @@
+// Tiles: some rows of tokens in a thread's own memory, as numbers.
+//
+// A row has `columns` entries, and is followed by others to a whole number of vectors, `stride`;
+// those are 0 when a row has been read and garbage later on, so they are left out of sums along it.
+#pragma once
+
+#include "matmul.h"
+#include "simd.h"
+
+namespace {
+
+// The stride of rows: whole vectors, and whole blocks of rows when a tile is read as columns.
+template <class T> constexpr int64_t padded(int64_t columns) {
+    return round_up(columns, width<T> > kBlockRows ? width<T> : kBlockRows);
+}
+
+// Hands out pieces of memory, each aligned to whole vectors; or only counts, without memory.
+template <class T> struct Pieces {
+    T* base;
+    int64_t used = 0;
+    explicit Pieces(T* base_) : base(base_) {}
+    T* take(int64_t count) {
+        T* piece = base ? base + used : nullptr;
+        used += round_up(count, 64 / static_cast<int64_t>(sizeof(T)));
+        return piece;
+    }
+};
+
+// The memory, in numbers, of an object that takes pieces.
+template <class Object, class T, class... Sizes> inline int64_t size_of(const Sizes&... sizes) {
+    Pieces<T> pieces(nullptr);
+    Object object(pieces, sizes...);
+    (void)object;
+    return pieces.used;
+}
+
+template <class T> inline void fill(T* to, int64_t count, T value) {
+    for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// f(zero of the type of activations), for the code of that type.
+template <class Function> inline int with_dtype(int dtype, const Function& f) {
+    if (dtype == EQCVT_F32) return f(float{});
+    if (dtype == EQCVT_F64) return f(double{});
+    if (dtype == EQCVT_BF16) return f(bf16{});
+    return EQCVT_BAD_DTYPE;
+}
+
+// Rows of activations as numbers.
+template <class T, class Stored>
+inline void read_rows(T* to, int64_t stride, const Stored* from, int64_t rows, int64_t columns) {
+    constexpr int W = width<T>;
+    for (int64_t i = 0; i < rows; ++i, to += stride, from += columns) {
+        int64_t j = 0;
+        for (; j + W <= columns; j += W) store<T>(to + j, load_numbers(from + j));
+        for (; j < columns; ++j) to[j] = to_number(from[j]);
+        for (; j < stride; ++j) to[j] = 0;
+    }
+}
+
+// One row of numbers as activations.
+template <class Stored, class T>
+EQCVT_INLINE void write_row(Stored* to, const T* from, int64_t columns) {
+    constexpr int W = width<T>;
+    int64_t j = 0;
+    for (; j + W <= columns; j += W) store_numbers(to + j, load(from + j));
+    for (; j < columns; ++j) from_number(to + j, from[j]);
+}
+
+// sums[j] += the sum over rows of entry(i, j), a vector: in short runs, so that rounding adds up
+// over few terms.
+template <class T, class Entry>
+EQCVT_INLINE void add_entries(T* sums, int64_t columns, int64_t rows, const Entry& entry) {
+    constexpr int64_t run = 16;
+    for (int64_t j = 0; j < columns; j += width<T>) {
+        vec<T> total = {};
+        for (int64_t begin = 0; begin < rows; begin += run) {
+            const int64_t end = begin + run < rows ? begin + run : rows;
+            vec<T> part = {};
+            for (int64_t i = begin; i < end; ++i) part += entry(i, j);
+            total += part;
+        }
+        store<T>(sums + j, load(sums + j) + total);
+    }
+}
+
+// sums[j] += the sum over rows of x.
+template <class T> inline void add_rows(T* sums, const T* x, int64_t stride, int64_t rows) {
+    add_entries(sums, stride, rows, [=](int64_t i, int64_t j) { return load(x + i * stride + j); });
+}
+
+// The same of the products of x and y.
+template <class T>
+inline void add_products(T* sums, const T* x, const T* y, int64_t stride, int64_t rows) {
+    add_entries(sums, stride, rows, [=](int64_t i, int64_t j) {
+        return load(x + i * stride + j) * load(y + i * stride + j);
+    });
+}
+
+} // namespace

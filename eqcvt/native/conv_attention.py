@@ -1,0 +1,173 @@
+"""Attention with convolutional projections in C++ and CUDA C++.
+
+The functions are those of ``conv_attention_*`` in ``tests/ops/primitives.py``. Statistics of the
+projections are those of the values as stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eqcvt.native import launch
+
+WIDTHS = range(16, 129)
+MAX_FILTER = 31
+DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def supports(x: Tensor, filters: Tensor, *, heads: int, kv_stride: int) -> str | None:
+    """Return why the kernels cannot serve a call, or None if they can.
+
+    Args:
+        x: ``[B, D, H, W]``.
+        filters: depthwise filters ``[D, 1, k, k]`` of the queries.
+        heads: number of heads.
+        kv_stride: stride of the key and value projections.
+    """
+    if x.dtype not in DTYPES[x.device.type]:
+        return f"dtype {x.dtype} is not supported on {x.device.type}"
+    if not WIDTHS[0] <= x.shape[1] <= WIDTHS[-1]:
+        return f"{x.shape[1]} channels are not between {WIDTHS[0]} and {WIDTHS[-1]}"
+    if filters.shape[-1] % 2 == 0 or filters.shape[-1] != filters.shape[-2]:
+        return f"filters of {list(filters.shape[-2:])} are not odd squares"
+    if filters.shape[-1] > MAX_FILTER:
+        return f"filters of {filters.shape[-1]} are wider than {MAX_FILTER}"
+    if min(heads, kv_stride, *x.shape[2:]) < 1:
+        return f"{heads} heads, stride {kv_stride} and image {list(x.shape[2:])} must be positive"
+    return None
+
+
+def _parameters(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return ``[B, H, W, D]``, contiguous; a view of a tensor in that memory format."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def project(
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *, kv_stride: int, moments: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the raw depthwise projections as tokens, and their batch statistics."""
+    B, D, H, W = x.shape
+    keys = ((H - 1) // kv_stride + 1) * ((W - 1) // kv_stride + 1)
+    statistics = (3 if v is not None else 2, D) if moments else (0,)
+    a = x.new_empty(B, H * W, D)
+    b = x.new_empty(B, keys, D)
+    c = x.new_empty(b.shape if v is not None else (0,))
+    mean = x.new_empty(statistics, dtype=_parameters(x))
+    variance = torch.empty_like(mean)
+    launch(
+        "conv_attention_project",
+        *(_channels_last(x), q, k, v),
+        *(B, D, H, W, q.shape[-1], kv_stride, moments),
+        *(a, b, c if v is not None else None),
+        *((mean, variance) if moments else (None, None)),
+        like=x,
+    )
+    return a, b, c, mean, variance
+
+
+def project_backward(
+    da: Tensor,
+    db: Tensor,
+    dc: Tensor | None,
+    dmean: Tensor | None,
+    dvariance: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    mean: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    kv_stride: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of ``x`` (channels last in memory) and of the filters."""
+    B, D, H, W = x.shape
+    dx = x.new_empty(B, H, W, D)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dv = torch.empty_like(v) if v is not None else q.new_empty(0)
+    launch(
+        "conv_attention_project_backward",
+        *(da, db, dc if v is not None else None, dmean, dvariance),
+        *(a, b, c if v is not None else None, mean if dmean is not None else None),
+        *(_channels_last(x), q, k, v),
+        *(B, D, H, W, q.shape[-1], kv_stride),
+        *(dx, dq, dk, dv if v is not None else None),
+        like=x,
+    )
+    return dx.permute(0, 3, 1, 2), dq, dk, dv
+
+
+def attend(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    wq: Tensor,
+    bq: Tensor,
+    wo: Tensor,
+    bo: Tensor,
+    seed: Tensor,
+    *,
+    dropout: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result, and with ``save`` what the backward pass needs: heads, log-sum-exps."""
+    B, N, D = a.shape
+    heads = wq.shape[0]
+    y = torch.empty_like(a)
+    o = a.new_empty((B, N, heads, D) if save else (0,))
+    lse = wq.new_empty((B, heads, N) if save else (0,))
+    launch(
+        "conv_attention_attend",
+        *(a, b, c, residual, scale, shift, wq, bq, wo, bo, seed),
+        *(B, N, b.shape[1], D, heads, save, dropout),
+        *(y, *((o, lse) if save else (None, None))),
+        like=a,
+    )
+    return y, o, lse
+
+
+def attend_backward(
+    dy: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    wq: Tensor,
+    bq: Tensor,
+    wo: Tensor,
+    bo: Tensor,
+    seed: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of ``a, b, c`` (or empty), ``scale, shift, wq, bq, wo`` and ``bo``."""
+    B, N, D = a.shape
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    dc = torch.empty_like(c) if c is not None else a.new_empty(0)
+    parameters = [torch.empty_like(t) for t in (scale, shift, wq, bq, wo, bo)]
+    if B == 0:  # an empty c would be a null pointer, which stands for no c
+        return da, db, dc, *(t.zero_() for t in parameters)
+    launch(
+        "conv_attention_attend_backward",
+        *(dy, a, b, c, scale, shift, wq, bq, wo, bo, seed, o, lse),
+        *(B, N, b.shape[1], D, wq.shape[0], dropout),
+        *(da, db, dc if c is not None else None, *parameters),
+        like=a,
+    )
+    return da, db, dc, *parameters

@@ -1,0 +1,184 @@
+"""The steerable block by the native extension; the functions of ``tests/ops/primitives.py``.
+
+Kernels recompute ``u = bank * x`` rather than store it. They add up in the dtype of parameters,
+float32 beside half-precision activations; sums over the batch are finished in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eqcvt.native import launch
+
+DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+LARGEST_GROUP = 16
+
+
+def supports(
+    x: Tensor,
+    bank: Tensor,
+    blur: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    blur_stride: int,
+    pool: bool,
+) -> str | None:
+    """Return why the extension cannot serve a call, or None if it can."""
+    device = x.device.type
+    if x.dtype not in DTYPES[device]:
+        return f"the native extension has no kernel for {x.dtype} on {device}"
+    if bank.shape[1] > LARGEST_GROUP:
+        return f"a group of {bank.shape[1]} elements is larger than {LARGEST_GROUP}"
+    if blur is not None and blur.shape[-1] % 2 == 0:
+        return f"the blur has an even size, {blur.shape[-1]}"
+    return None
+
+
+def moments(
+    x: Tensor, bank: Tensor, mask: Tensor | None, *, stride: int, padding: int, correlate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean and biased variance of ``u`` per field, and ``u * x``, ``1 * x`` for gradients.
+
+    Args:
+        x: ``[B, C, H, W]``.
+        bank: ``[F, G, C, k, k]``, dtype of parameters.
+        mask: ``[H, W]``, multiplied onto ``x``, or None.
+        stride: step of the convolution.
+        padding: zeros added on each side.
+        correlate: whether to return the last two; else they are empty.
+
+    Returns:
+        ``mean`` and ``variance`` ``[F]``, ``ux`` ``[F, G, C, k, k]`` and ``ones_x`` ``[C, k, k]``.
+        An empty batch has zeros.
+    """
+    fields = bank.shape[0]
+    mean, variance = bank.new_empty(fields), bank.new_empty(fields)
+    ux = torch.empty_like(bank) if correlate else bank.new_empty(0)
+    ones_x = bank.new_empty(bank.shape[2:] if correlate else 0)
+    x, mask = x.contiguous(), _parameter(mask, bank)
+    sizes = _sizes(x, bank)
+    launch(
+        "lift_moments",
+        *(x, bank, mask, *sizes, stride, padding, correlate),
+        *(mean, variance, ux, ones_x),
+        like=x,
+    )
+    return mean, variance, ux, ones_x
+
+
+def moments_input(
+    x: Tensor,
+    bank: Tensor,
+    mask: Tensor | None,
+    c1: Tensor,
+    c2: Tensor,
+    *,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """Return the gradient by ``x`` of the sum of ``c1[f] u + c2[f] u^2 / 2``."""
+    x, mask = x.contiguous(), _parameter(mask, bank)
+    dx = torch.empty_like(x)
+    sizes = _sizes(x, bank)
+    launch("lift_moments_input", x, bank, mask, c1, c2, *sizes, stride, padding, dx, like=x)
+    return dx
+
+
+def apply(
+    x: Tensor,
+    bank: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    blur: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    blur_stride: int,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y``, the blurred ``relu(scale u + shift)``, and the winners of its group pooling.
+
+    Args:
+        x: ``[B, C, H, W]``.
+        bank: ``[F, G, C, k, k]``, dtype of parameters.
+        mask: ``[H, W]``, multiplied onto ``x``, or None.
+        scale: ``[F]``.
+        shift: ``[F]``.
+        blur: ``[kb]``, the weights along each axis, or None.
+        stride: step of the convolution.
+        padding: zeros added on each side.
+        blur_stride: step of the blur.
+        pool: whether to take the maximum over the group.
+
+    Returns:
+        ``y`` and uint8 ``arg``, both ``[B, F, H3, W3]``; without ``pool``, ``[B, F, G, H3, W3]``
+        and an empty tensor.
+    """
+    x, mask, blur = x.contiguous(), _parameter(mask, bank), _parameter(blur, bank)
+    batch, fields, group = x.shape[0], bank.shape[0], bank.shape[1]
+    kernel, blur_size = bank.shape[-1], 1 if blur is None else blur.shape[0]
+    size = [(n + 2 * padding - kernel) // stride + 1 for n in x.shape[-2:]]
+    if blur is not None:
+        size = [(n - blur_size) // blur_stride + 1 for n in size]
+    y = x.new_empty((batch, fields, *([] if pool else [group]), *size))
+    arg = torch.empty(y.shape if pool else 0, dtype=torch.uint8, device=x.device)
+    launch(
+        "lift_apply",
+        *(x, bank, mask, scale, shift, blur, *_sizes(x, bank), blur_size),
+        *(stride, padding, blur_stride, pool, y, arg),
+        like=x,
+    )
+    return y, arg
+
+
+def apply_backward(
+    dy: Tensor,
+    arg: Tensor,
+    x: Tensor,
+    bank: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    blur: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    blur_stride: int,
+    pool: bool,
+    input_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of :func:`apply` by ``bank``, ``scale``, ``shift`` and ``x``.
+
+    Args:
+        dy: gradient of ``y``.
+        arg: winners that :func:`apply` returned.
+        x: as in :func:`apply`, like all that follow.
+        input_gradient: whether to return the last one; else it is empty.
+    """
+    x, dy = x.contiguous(), dy.contiguous()
+    mask, blur = _parameter(mask, bank), _parameter(blur, bank)
+    dbank, dscale, dshift = torch.empty_like(bank), torch.empty_like(scale), torch.empty_like(shift)
+    dx = torch.empty_like(x) if input_gradient else x.new_empty(0)
+    launch(
+        "lift_apply_backward",
+        *(dy, arg, x, bank, mask, scale, shift, blur, *_sizes(x, bank)),
+        *(1 if blur is None else blur.shape[0], stride, padding, blur_stride, pool, input_gradient),
+        *(dbank, dscale, dshift, dx),
+        like=x,
+    )
+    return dbank, dscale, dshift, dx
+
+
+def _sizes(x: Tensor, bank: Tensor) -> tuple[int, ...]:
+    return (*x.shape, bank.shape[0], bank.shape[1], bank.shape[-1])
+
+
+def _parameter(t: Tensor | None, bank: Tensor) -> Tensor | None:
+    """Return a tensor that may be of any dtype as the kernels read it."""
+    return None if t is None else t.to(bank.dtype).contiguous()

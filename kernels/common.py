@@ -1,0 +1,150 @@
+"""What the launchers of several ops share: reasons to refuse, precision, and the last sum."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPABILITY = (8, 0)
+# Programs of a loop over tiles where there is no multiprocessor to count: the interpreter.
+INTERPRETED_PROGRAMS = 3
+# Tensors that one launch sums into.
+SUMS = 6
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def refusal(x: Tensor) -> str | None:
+    """Return why no kernel can take ``x`` whatever its shape, or None."""
+    if x.dtype not in DTYPES:
+        return f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if x.device.type == "cpu":
+        return None if interpreted() else "runs on CUDA devices, not on the CPU"
+    if x.device.type != "cuda":
+        return f"runs on CUDA devices, not on {x.device.type}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < CAPABILITY:
+        return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def padded(size: int) -> int:
+    """Return the power of two, 16 at least, that a tile of ``size`` channels is padded to."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def sizes(**values: int) -> dict[str, int]:
+    """Return one entry of a table of launches: tile sizes, warps and stages of a kernel."""
+    return values
+
+
+def config(
+    table: dict[tuple[str, int, str], dict[str, int]], kernel: str, x: Tensor, width: int
+) -> dict[str, int]:
+    """Return how ``kernel`` is launched for activations like ``x`` with ``width`` channels.
+
+    Tables are keyed by kernel, bits of the dtype, and "narrow" (tiles of at most 64 channels) or
+    "wide".
+    """
+    return dict(table[kernel, 8 * x.dtype.itemsize, "narrow" if padded(width) <= 64 else "wide"])
+
+
+def precision(convolution: bool = False) -> str:
+    """Return the precision of fp32 products that PyTorch's own switches ask for."""
+    switch = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+
+
+def programs(x: Tensor, per_multiprocessor: int, tiles: int) -> int:
+    """Return how many programs share ``tiles``, so that all of them are resident at once."""
+    if x.device.type != "cuda":
+        return min(tiles, INTERPRETED_PROGRAMS)
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return min(tiles, count * per_multiprocessor)
+
+
+@triton.jit
+def add_part(part_ptr, value, mask, is_first):
+    """Add ``value`` to a part of this program's own row of parts, or start the sum with it."""
+    part = tl.load(part_ptr, mask=mask & (is_first == 0), other=0.0)
+    tl.store(part_ptr, part + value, mask=mask)
+
+
+@triton.jit
+def _store_columns(sum_ptr, total, o_c, first, end):
+    tl.store(sum_ptr + (o_c - first), total, mask=(o_c >= first) & (o_c < end))
+
+
+@triton.jit
+def _sum_rows_kernel(
+    parts_ptr,
+    sum0_ptr,
+    sum1_ptr,
+    sum2_ptr,
+    sum3_ptr,
+    sum4_ptr,
+    sum5_ptr,
+    end0,
+    end1,
+    end2,
+    end3,
+    end4,
+    rows,
+    columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Sum ``parts[rows, columns]`` over rows in fp32 and in one order, into up to six tensors.
+
+    One program owns BLOCK_COLUMNS columns and walks down them in tiles::
+
+        columns ->  [ program 0 | program 1 | ... ]
+        rows    |   tile sums are added one after the other,
+                v   each tile by a tree
+
+    4 bytes and one addition per part. Tensor i takes the columns before ``end<i>`` that the ones
+    before it leave.
+    """
+    o_c = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    o_r = tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    for r in range(0, rows, BLOCK_ROWS):
+        o_row = (r + o_r).to(tl.int64)
+        mask = (o_row < rows)[:, None] & (o_c < columns)[None, :]
+        part = tl.load(parts_ptr + o_row[:, None] * columns + o_c[None, :], mask=mask, other=0.0)
+        total += tl.sum(part, 0)
+    _store_columns(sum0_ptr, total, o_c, 0, end0)
+    _store_columns(sum1_ptr, total, o_c, end0, end1)
+    _store_columns(sum2_ptr, total, o_c, end1, end2)
+    _store_columns(sum3_ptr, total, o_c, end2, end3)
+    _store_columns(sum4_ptr, total, o_c, end3, end4)
+    _store_columns(sum5_ptr, total, o_c, end4, columns)
+
+
+def sum_rows(parts: Tensor, sums: Sequence[Tensor]) -> None:
+    """Sum ``parts[rows, columns]`` over rows into up to six contiguous tensors, side by side."""
+    rows, columns = parts.shape
+    absent = SUMS - len(sums)
+    ends = [*accumulate(t.numel() for t in sums), *[columns] * absent]
+    # Narrow columns keep many programs at work where there are few of them.
+    block = 16 if columns < 2048 else 64
+    _sum_rows_kernel[(triton.cdiv(columns, block),)](
+        parts,
+        *sums,
+        *[sums[0]] * absent,
+        *ends[:-1],
+        rows,
+        columns,
+        BLOCK_ROWS=128,
+        BLOCK_COLUMNS=block,
+    )

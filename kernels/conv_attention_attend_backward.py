@@ -1,0 +1,409 @@
+r"""Fused attention in the latent of the weight-folded form: the gradients.
+
+With ``p = exp(s - lse)`` recomputed from the saved log-sum-exp, ``t`` the gradient before the
+dropout, ``do_h = t (W^o_h)^T`` and ``delta_h = sum(do_h * o_h)``:
+
+.. math::
+    ds = p \, (do_h c'^T - \delta_h), \quad dq_h = ds \, b', \quad
+    db' = \sum_h ds^T q_h, \quad dc' = \sum_h p^T do_h
+
+One kernel keeps queries and walks over keys (``dq``); it hands ``q``, ``do`` and ``delta`` on to
+one that keeps keys and walks over the queries of all heads (``db``, ``dc``). Each score's
+exponential is computed in both; one pass would need atomics, or all keys of an image in one
+program, and was slower either way. A third kernel is the products with the weights (``da`` and the
+weights' own gradients): inside the first they would cost half of its programs' registers.
+
+Source: Dao et al., arXiv:2205.14135, appendix B.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dropout as dropout_mask
+from .common import config, padded, precision, sizes, sum_rows
+from .conv_attention_attend import LOG2E, normalised_keys, tail
+from .conv_attention_weights import weight_gradients
+
+CONFIG = {
+    ("queries", 16, "narrow"): sizes(BLOCK_N=64, BLOCK_M=64, num_warps=4, num_stages=3),
+    ("queries", 16, "wide"): sizes(BLOCK_N=64, BLOCK_M=32, num_warps=4, num_stages=2),
+    ("queries", 32, "narrow"): sizes(BLOCK_N=32, BLOCK_M=32, num_warps=4, num_stages=2),
+    ("queries", 32, "wide"): sizes(BLOCK_N=32, BLOCK_M=16, num_warps=4, num_stages=2),
+    ("keys", 16, "narrow"): sizes(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3),
+    ("keys", 16, "wide"): sizes(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+    ("keys", 32, "narrow"): sizes(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+    ("keys", 32, "wide"): sizes(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2),
+}
+
+
+@triton.jit
+def _query_gradient(
+    dq,
+    q,
+    do,
+    lse2,
+    delta,
+    k_ptr,
+    v_ptr,
+    first,
+    M,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SHARED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what one tile of keys gives to the gradient of one tile of queries.
+
+    Per score: three products of D, one exponential and four operations.
+    """
+    o_m = first + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < D)[None, :]
+    mask = (o_m < M)[:, None] & m_d if MASKED else m_d
+    offsets = o_m[:, None] * D + o_d[None, :]
+    k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p = tl.exp2(s * LOG2E - lse2[:, None])
+    if MASKED:
+        p = tl.where((o_m < M)[None, :], p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _conv_attention_attend_bwd_queries_kernel(
+    dy_ptr,
+    a_ptr,
+    k_ptr,
+    v_ptr,
+    scale_ptr,
+    shift_ptr,
+    wq_ptr,
+    bq_ptr,
+    wo_ptr,
+    seed_ptr,
+    o_ptr,
+    lse_ptr,
+    q_ptr,
+    do_ptr,
+    delta_ptr,
+    dq_ptr,
+    threshold,
+    factor,
+    N,
+    M,
+    HEADS,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write ``dq``, and the ``q``, ``do`` and ``delta`` that the next kernel needs.
+
+    One program owns BLOCK_N queries of one head of one image::
+
+                      keys, BLOCK_M at a time ->
+        queries       scores -> exp2 -> ds -> dq += ds b'
+        BLOCK_N
+
+    Per score: 6 D operations on the tensor cores and one exponential; 0.33 ms and 0.38 ms for
+    1.37e9 scores at D = 32 (batch 128, H100). Bytes: 6 D numbers per query and head (dy and a, from
+    L2 for all but one head, o; q, do, dq). Accumulates in fp32, keys in order.
+    """
+    tiles = tl.cdiv(N, BLOCK_N)
+    i_h = tl.program_id(0) // tiles % HEADS
+    i_b = (tl.program_id(0) // tiles // HEADS).to(tl.int64)
+    o_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    m_d = o_d < D
+    mask = m_n[:, None] & m_d[None, :]
+    m_w = m_d[:, None] & m_d[None, :]
+    o_w = i_h * D * D + o_d[:, None] * D + o_d[None, :]
+    offsets = o_n[:, None] * D + o_d[None, :]
+    head_offsets = (o_n[:, None] * HEADS + i_h) * D + o_d[None, :]
+    rows = (i_b * HEADS + i_h) * N
+    dtype = q_ptr.dtype.element_ty
+
+    scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0)
+    shift = tl.load(shift_ptr + o_d, mask=m_d, other=0.0)
+    a = tl.load(a_ptr + i_b * N * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    a = (a * scale[None, :] + shift[None, :]).to(dtype)  # [BLOCK_N, BLOCK_D]
+    wq = tl.load(wq_ptr + o_w, mask=m_w, other=0.0).to(dtype)
+    bq = tl.load(bq_ptr + i_h * D + o_d, mask=m_d, other=0.0)
+    q = (tl.dot(a, wq, input_precision=PRECISION) + bq[None, :]).to(dtype)
+    tl.store(q_ptr + rows * D + offsets, q, mask=mask)
+    t = tl.load(dy_ptr + i_b * N * D + offsets, mask=mask, other=0.0)
+    if HAS_DROPOUT:
+        keep = dropout_mask.keep_factor(
+            tl.load(seed_ptr), i_b * N + o_n, threshold, factor, 0, D, BLOCK_D, 0
+        )
+        t = (t.to(tl.float32) * keep).to(dtype)
+    wo = tl.load(wo_ptr + o_w, mask=m_w, other=0.0).to(dtype)
+    do = tl.dot(t, tl.trans(wo), input_precision=PRECISION).to(dtype)
+    tl.store(do_ptr + rows * D + offsets, do, mask=mask)
+    o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta_ptr + rows + o_n, delta, mask=m_n)
+    # Rows beyond the last count for nothing: exp2(-inf) is 0 whatever their scores.
+    lse2 = tl.load(lse_ptr + rows + o_n, mask=m_n, other=float("inf")) * LOG2E
+
+    k_ptr += i_b * M * D
+    v_ptr += i_b * M * D
+    dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    whole = M // BLOCK_M * BLOCK_M
+    for first in tl.range(0, whole, BLOCK_M):
+        dq = _query_gradient(
+            dq,
+            q,
+            do,
+            lse2,
+            delta,
+            k_ptr,
+            v_ptr,
+            first,
+            M,
+            D,
+            BLOCK_D,
+            BLOCK_M,
+            SHARED,
+            False,
+            PRECISION,
+        )
+    if TAIL_M > 0:
+        dq = _query_gradient(
+            dq,
+            q,
+            do,
+            lse2,
+            delta,
+            k_ptr,
+            v_ptr,
+            whole,
+            M,
+            D,
+            BLOCK_D,
+            TAIL_M,
+            SHARED,
+            True,
+            PRECISION,
+        )
+    tl.store(dq_ptr + i_b * N * HEADS * D + head_offsets, dq.to(dtype), mask=mask)
+
+
+@triton.jit
+def _conv_attention_attend_bwd_keys_kernel(
+    b_ptr,
+    c_ptr,
+    scale_ptr,
+    shift_ptr,
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    db_ptr,
+    dc_ptr,
+    parts_ptr,
+    ROWS,
+    M,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write ``db`` and ``dc``, and this program's share of their scales' and shifts' gradients.
+
+    One program owns BLOCK_M keys of one image, and walks over its ROWS = h N queries of all heads
+    as over one list, for keys are the same in all heads::
+
+                  queries of head 0, then head 1, ...: BLOCK_N at a time ->
+        keys      scores^T -> exp2 -> dv += p^T do
+        BLOCK_M                       dk += ds^T q       (one sum of both if values are the keys)
+
+    Scores are transposed, so that both gradients take their left factor from registers. Per score:
+    8 D operations on the tensor cores and one exponential; 0.44 ms and 0.38 ms for 1.37e9 scores at
+    D = 32 (batch 128, H100). Bytes from L2: 4 D + 8 per query and tile of keys. Accumulates in
+    fp32, queries in order. ``parts`` is ``[programs, 2 or 4, D]``: dscale and dshift of keys, then
+    of values.
+    """
+    blocks = tl.cdiv(M, BLOCK_M)
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    mask = (o_m < M)[:, None] & m_d[None, :]
+    offsets = i_b * M * D + o_m[:, None] * D + o_d[None, :]
+    dtype = db_ptr.dtype.element_ty
+    scale = tl.load(scale_ptr + D + o_d, mask=m_d, other=0.0)
+    shift = tl.load(shift_ptr + D + o_d, mask=m_d, other=0.0)
+    b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    k = (b * scale[None, :] + shift[None, :]).to(dtype)  # [BLOCK_M, BLOCK_D]
+    if SHARED:
+        v = k
+    else:
+        vscale = tl.load(scale_ptr + 2 * D + o_d, mask=m_d, other=0.0)
+        vshift = tl.load(shift_ptr + 2 * D + o_d, mask=m_d, other=0.0)
+        c = tl.load(c_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        v = (c * vscale[None, :] + vshift[None, :]).to(dtype)
+    q_ptr += i_b * ROWS * D
+    do_ptr += i_b * ROWS * D
+    lse_ptr += i_b * ROWS
+    delta_ptr += i_b * ROWS
+
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for row in tl.range(0, ROWS, BLOCK_N, disable_licm=True):
+        o_n = row + tl.arange(0, BLOCK_N)
+        m_n = o_n < ROWS
+        m_q = m_n[:, None] & m_d[None, :]
+        o_q = o_n[:, None] * D + o_d[None, :]
+        q = tl.load(q_ptr + o_q, mask=m_q, other=0.0)  # [BLOCK_N, BLOCK_D]
+        do = tl.load(do_ptr + o_q, mask=m_q, other=0.0)
+        lse = tl.load(lse_ptr + o_n, mask=m_n, other=float("inf"))
+        delta = tl.load(delta_ptr + o_n, mask=m_n, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * LOG2E - (lse * LOG2E)[None, :])
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if SHARED:
+            dk = tl.dot(p.to(dtype), do, dk, input_precision=PRECISION)
+        else:
+            dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
+
+    tl.store(db_ptr + offsets, (dk * scale[None, :]).to(dtype), mask=mask)
+    PARTS: tl.constexpr = 2 if SHARED else 4
+    parts_ptr += tl.program_id(0).to(tl.int64) * PARTS * D + o_d
+    dk = tl.where(mask, dk, 0.0)
+    b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(parts_ptr, tl.sum(dk * b, 0), mask=m_d)
+    tl.store(parts_ptr + D, tl.sum(dk, 0), mask=m_d)
+    if not SHARED:
+        vscale = tl.load(scale_ptr + 2 * D + o_d, mask=m_d, other=0.0)
+        tl.store(dc_ptr + offsets, (dv * vscale[None, :]).to(dtype), mask=mask)
+        dv = tl.where(mask, dv, 0.0)
+        c = tl.load(c_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(parts_ptr + 2 * D, tl.sum(dv * c, 0), mask=m_d)
+        tl.store(parts_ptr + 3 * D, tl.sum(dv, 0), mask=m_d)
+
+
+def attend_backward(
+    dy: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    wq: Tensor,
+    bq: Tensor,
+    wo: Tensor,
+    bo: Tensor,
+    seed: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of :func:`attend` for ``dy`` ``[B, N, D]``.
+
+    Args:
+        dy: gradient of ``y``.
+        o: saved by :func:`attend`, as is ``lse``; the rest are its arguments.
+
+    Returns:
+        ``da``, ``db``, ``dc`` (empty without ``c``), ``dscale``, ``dshift``, ``dwq``, ``dbq``,
+        ``dwo``, ``dbo``, of the shapes and dtypes of what they are gradients of.
+    """
+    dy, a, b = dy.contiguous(), a.contiguous(), b.contiguous()
+    (batch, queries, width), keys, heads = a.shape, b.shape[1], wq.shape[0]
+    db = torch.empty_like(b)
+    dc = a.new_empty(0) if c is None else torch.empty_like(db)
+    if batch == 0:
+        return (
+            torch.empty_like(a),
+            db,
+            dc,
+            *(torch.zeros_like(t) for t in (scale, shift, wq, bq, wo, bo)),
+        )
+    c = b if c is None else c.contiguous()
+    shared = dc.numel() == 0
+    k, _ = normalised_keys(b, scale[1], shift[1])
+    v = k if shared else normalised_keys(c, scale[2], shift[2])[0]
+    q, do, dq = a.new_empty(3, batch, heads, queries, width)
+    delta = torch.empty_like(lse)
+    common = {
+        "D": width,
+        "BLOCK_D": padded(width),
+        "SHARED": shared,
+        "PRECISION": precision(),
+    }
+
+    launch = config(CONFIG, "queries", a, width)
+    _conv_attention_attend_bwd_queries_kernel[
+        (batch * heads * triton.cdiv(queries, launch["BLOCK_N"]),)
+    ](
+        dy,
+        a,
+        k,
+        v,
+        scale,
+        shift,
+        wq,
+        bq,
+        wo,
+        seed,
+        o,
+        lse,
+        q,
+        do,
+        delta,
+        dq,
+        *dropout_mask.arguments(dropout),
+        queries,
+        keys,
+        heads,
+        TAIL_M=tail(keys, launch["BLOCK_M"]),
+        HAS_DROPOUT=dropout > 0,
+        **common,
+        **launch,
+    )
+    launch = config(CONFIG, "keys", a, width)
+    count = batch * triton.cdiv(keys, launch["BLOCK_M"])
+    key_parts = wq.new_empty(count, (2 if shared else 4) * width)
+    _conv_attention_attend_bwd_keys_kernel[(count,)](
+        b,
+        c,
+        scale,
+        shift,
+        q,
+        do,
+        lse,
+        delta,
+        db,
+        dc,
+        key_parts,
+        heads * queries,
+        keys,
+        **common,
+        **launch,
+    )
+    dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
+    sum_rows(key_parts, [t[i] for i in range(1, scale.shape[0]) for t in (dscale, dshift)])
+    da, dwq, dbq, dwo, dbo = weight_gradients(
+        dy, a, scale, shift, wq, bo, seed, o, dq, dscale[0], dshift[0], dropout=dropout
+    )
+    return da, db, dc, dscale, dshift, dwq, dbq, dwo, dbo

@@ -1,0 +1,151 @@
+"""Compile a module's Triton kernels for GPUs that are not here, and read what the assembler made.
+
+``launches(call)`` runs ``call`` on tensors without data (``device="meta"``) and notes each kernel
+launch instead of making it; ``assemble`` compiles one for a compute capability. That needs Triton's
+compiler, so a process started without ``TRITON_INTERPRET``:
+
+    python -m tests.kernels.aot tests.kernels.test_lift:calls [capability ...]
+
+prints one line of JSON per kernel, where ``calls()`` yields pairs of a label and a callable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+# Bytes of shared memory one program may have.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+DIVISIBLE = [["tt.divisibility", 16]]
+
+
+class Launch(NamedTuple):
+    """One kernel with all its arguments."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class Report(NamedTuple):
+    """What the assembler says: per thread registers and spilled bytes, per program shared bytes."""
+
+    kernel: str
+    capability: int
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    matrix: str
+
+
+def launches(call: Callable[[], object], capability: int = 90) -> list[Launch]:
+    """Return the kernel launches that ``call`` makes on a device, without making them."""
+    found = []
+    device = types.SimpleNamespace(multi_processor_count=132)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        defaults = {p.name: p.default for p in self.params if p.has_default}
+        found.append(Launch(self, defaults | arguments, options))
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch("torch.cuda.get_device_capability", return_value=divmod(capability, 10)),
+        mock.patch("torch.cuda.get_device_properties", return_value=device),
+    ):
+        call()
+    return found
+
+
+def source(launch: Launch) -> ASTSource:
+    """Specialise a launch as Triton does: ones and None are constants, multiples of 16 marked."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        one = special and type(value) is int and value == 1
+        if parameter.is_constexpr or value is None or one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = "*" + TYPES[value.dtype], DIVISIBLE
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(i,)] = DIVISIBLE
+        else:
+            signature[name] = "fp32"
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def assemble(launch: Launch, capability: int) -> Report:
+    """Compile a launch for sm_<capability> and return the assembler's account of it."""
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source(launch), target=target, options=launch.options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True)
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    matrix = sorted({m for m in ("HGMMA", "HMMA", "FFMA2") if m in code.stdout})
+    return Report(
+        launch.kernel.__name__,
+        capability,
+        compiled.metadata.num_warps,
+        use["REG"],
+        use["STACK"] + use["LOCAL"],
+        compiled.metadata.shared,
+        "+".join(matrix),
+    )
+
+
+def reports(
+    calls: Callable[[], Iterator[tuple[str, Callable[[], object]]]], capabilities: list[int]
+) -> Iterator[tuple[str, Report]]:
+    """Assemble every distinct kernel of the calls, labelled with the call that first needs it."""
+    seen = set()
+    for label, call in calls():
+        for capability in capabilities:
+            for launch in launches(call, capability):
+                key = (source(launch).hash(), str(launch.options), capability)
+                if key not in seen:
+                    seen.add(key)
+                    yield label, assemble(launch, capability)
+
+
+if __name__ == "__main__":
+    module, _, function = sys.argv[1].partition(":")
+    targets = [int(a) for a in sys.argv[2:]] or [80, 90]
+    for label, report in reports(getattr(importlib.import_module(module), function), targets):
+        print(json.dumps({"call": label} | report._asdict()), flush=True)

@@ -1,0 +1,424 @@
+"""The Triton kernels of convolutional attention against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import primitives
+from tests.tolerance import assert_as_good
+
+if importlib.util.find_spec("triton"):
+    from eqcvt.kernels import common, conv_attention, conv_attention_attend, conv_attention_weights
+    from tests.kernels import aot
+
+pytestmark = [
+    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
+]
+NAMES = ("y", "o", "lse")
+GRADIENTS = ("da", "db", "dc", "dscale", "dshift", "dwq", "dbq", "dwo", "dbo")
+
+
+def _wide(tensors: Any) -> list[Any]:
+    float_ = (t.is_floating_point() if isinstance(t, Tensor) else False for t in tensors)
+    return [t.double() if f else t for t, f in zip(tensors, float_, strict=True)]
+
+
+def _compare(
+    names: tuple[str, ...],
+    call: Callable[[Any], Callable[..., tuple[Tensor, ...]]],
+    arguments: list[Any],
+    settings: dict[str, Any],
+    backward: bool = False,
+) -> tuple[Tensor, ...]:
+    """Check every result of a kernel; ``call`` picks the function of a module."""
+    actual = call(conv_attention)(*arguments, **settings)
+    reference = call(primitives)(*arguments, **settings)
+    exact = call(primitives)(*_wide(arguments), **settings)
+    for name, a, e, r in zip(names, actual, exact, reference, strict=True):
+        if e.numel() == 0:
+            assert a.numel() == 0, name
+            continue
+        assert_as_good(a, e, r, backward=backward)
+    return actual
+
+
+def _of(name: str) -> Callable[[Any], Any]:
+    return lambda m: getattr(m, name if m is not primitives else f"conv_attention_{name}")
+
+
+class Attention:
+    """Arguments of ``attend``."""
+
+    def __init__(
+        self,
+        batch: int = 2,
+        queries: int = 19,
+        keys: int = 13,
+        width: int = 16,
+        heads: int = 2,
+        values: bool = False,
+        residual: bool = True,
+        gain: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.a, self.residual, self.dy = (torch.randn(3, batch, queries, width).to(dtype)).unbind()
+        self.b, self.c = torch.randn(2, batch, keys, width).to(dtype).unbind()
+        projections = 3 if values else 2
+        self.parameters = [
+            1 + 0.3 * torch.randn(projections, width),
+            0.3 * torch.randn(projections, width),
+            gain * torch.randn(heads, width, width) / width,
+            0.1 * torch.randn(heads, width),
+            torch.randn(heads, width, width) / width**0.5,
+            0.1 * torch.randn(width),
+            torch.tensor([2**40 + 77]),
+        ]
+        self.has_values, self.has_residual = values, residual
+
+    def forward(self) -> list[Any]:
+        residual = self.residual if self.has_residual else None
+        return [self.a, self.b, self.c if self.has_values else None, residual, *self.parameters]
+
+    def backward(self, o: Tensor, lse: Tensor) -> list[Any]:
+        a, b, c, _, *rest = self.forward()
+        return [self.dy, a, b, c, *rest, o, lse]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "model": {"width": 32, "heads": 3, "queries": 67, "keys": 37, "batch": 1},
+    "values": {"values": True, "residual": False},
+    "padded channels": {"width": 24, "heads": 3, "values": True, "batch": 1},
+    "wide": {"width": 40, "heads": 2, "batch": 1, "queries": 33, "keys": 32},
+    "sharp": {"gain": 300.0, "heads": 1},
+    "one query": {"queries": 1, "keys": 2, "batch": 1, "heads": 1},
+    "odd channels": {"width": 18, "heads": 1, "batch": 3},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_and_gradients_are_as_good_as_pytorch_s(name: str) -> None:
+    case = Attention(**CASES[name])
+    settings = {"dropout": 0.0 if name == "values" else 0.3}
+    _, o, lse = _compare(NAMES, _of("attend"), case.forward(), settings | {"save": True})
+    _compare(GRADIENTS, _of("attend_backward"), case.backward(o, lse), settings, backward=True)
+
+
+@pytest.mark.parametrize("name", ["model", "padded channels"])
+def test_half_precision_attention_is_as_good_as_pytorch_s(name: str) -> None:
+    case = Attention(**CASES[name], dtype=torch.float16)
+    settings = {"dropout": 0.3}
+    _, o, lse = _compare(NAMES, _of("attend"), case.forward(), settings | {"save": True})
+    _compare(GRADIENTS, _of("attend_backward"), case.backward(o, lse), settings, backward=True)
+
+
+def test_the_dropout_mask_is_the_one_of_all_backends() -> None:
+    for width in (16, 18):
+        case = Attention(width=width, residual=False, gain=0.0)
+        case.parameters[4].zero_()
+        case.parameters[5].fill_(1.0)
+        y, _, _ = conv_attention.attend(*case.forward(), dropout=0.3, save=False)
+        keep = primitives.keep(case.parameters[6], y.shape, 0.3, 0)
+        assert torch.equal(y, keep.float())
+
+
+def test_a_running_maximum_and_none_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Attention(**CASES["model"])
+    bounded = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
+    monkeypatch.setattr(conv_attention_attend.SAFE_EXPONENT, "value", 0.0)
+    running = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
+    assert not torch.equal(bounded[2], running[2])
+    for a, b in zip(bounded, running, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_too_many_for_one_block_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Attention(heads=3, batch=1)
+    _, o, lse = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
+    whole = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.0)
+    launch = conv_attention_weights.CONFIG["weights", 32, "narrow"]
+    monkeypatch.setitem(launch, "BLOCK_C", 32)
+    monkeypatch.setitem(launch, "BLOCK_N", 16)
+    monkeypatch.setattr(common, "INTERPRETED_PROGRAMS", 1)
+    for a, b in zip(
+        conv_attention.attend_backward(*case.backward(o, lse), dropout=0.0), whole, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_large_scores_and_infinities_are_as_in_pytorch() -> None:
+    case = Attention(queries=7, keys=70, heads=1, residual=False, values=True)
+    scale, shift, wq, bq = case.parameters[:4]
+    shift.zero_()
+    bq.zero_()
+    wq.copy_(torch.eye(16))
+    scale.fill_(1.0)
+    case.a[0, 0] *= 3000
+    case.a[0, 1, 3] = float("nan")
+    case.a[0, 2, 3] = float("inf")
+    # Scores of -inf for all keys of the first tiles.
+    case.a[1], case.b[1] = case.a[1].abs() + 0.1, 0.5
+    case.b[1, :64, 0] = -float("inf")
+    actual = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
+    expected = primitives.conv_attention_attend(*_wide(case.forward()), dropout=0.0, save=True)
+    assert expected[0][0].isfinite().all(1).tolist() == [True, False, False, *[True] * 4]
+    assert expected[0][1].isfinite().all()
+    for a, e in zip(actual[:2], expected[:2], strict=True):
+        torch.testing.assert_close(a, e.float(), equal_nan=True, rtol=1e-4, atol=1e-3)
+    finite = expected[2].isfinite()
+    torch.testing.assert_close(actual[2][finite], expected[2][finite].float(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_key_that_is_not_finite_spoils_its_image_only(value: float) -> None:
+    case = Attention(batch=2)
+    case.b[1, 5, 2] = value
+    y, o, lse = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
+    expected = primitives.conv_attention_attend(*case.forward(), dropout=0.0, save=True)[0]
+    assert torch.equal(y.isnan(), expected.isnan())
+    gradients = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.0)
+    wanted = primitives.conv_attention_attend_backward(*case.backward(o, lse), dropout=0.0)
+    for a, e in zip(gradients[:2], wanted[:2], strict=True):
+        assert a[0].isfinite().all()
+        assert torch.equal(a.isnan(), e.isnan())
+
+
+PROJECTIONS: dict[str, dict[str, Any]] = {
+    "model": {"width": 32, "height": 9, "breadth": 15, "batch": 1},
+    "values": {"values": True, "stride": 3, "height": 13, "breadth": 5, "width": 24, "batch": 1},
+    "wide filters": {"size": 5, "height": 4, "breadth": 6, "batch": 1, "width": 40},
+    "no moments": {"moments": False, "stride": 1, "values": True, "height": 5},
+    "one pixel": {"height": 1, "breadth": 1, "batch": 3},
+}
+
+
+class Projection:
+    """Arguments of ``project``."""
+
+    def __init__(
+        self,
+        batch: int = 2,
+        width: int = 16,
+        height: int = 7,
+        breadth: int = 6,
+        size: int = 3,
+        stride: int = 2,
+        values: bool = False,
+        moments: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        x = (torch.randn(batch, width, height, breadth) + 1).to(dtype)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        q, k, v = torch.randn(3, width, 1, size, size).unbind()
+        self.filters = [q / size, k / size, v / size if values else None]
+        self.stride, self.moments = {"kv_stride": stride}, moments
+
+    def forward(self) -> list[Any]:
+        return [self.x, *self.filters]
+
+    def backward(self, a: Tensor, b: Tensor, c: Tensor, mean: Tensor) -> list[Any]:
+        values = self.filters[2] is not None
+        gradients = [torch.randn(t.shape).to(t.dtype) for t in (a, b, c)]
+        statistics = [torch.randn(mean.shape) if self.moments else None for _ in range(2)]
+        return [
+            *gradients[:2],
+            gradients[2] if values else None,
+            *statistics,
+            a,
+            b,
+            c if values else None,
+            mean if self.moments else None,
+            *self.forward(),
+        ]
+
+
+def _check_projection(case: Projection) -> None:
+    settings = case.stride | {"moments": case.moments}
+    names = ("a", "b", "c", "mean", "variance")
+    a, b, c, mean, _ = _compare(names, _of("project"), case.forward(), settings)
+    arguments, names = case.backward(a, b, c, mean), ("dx", "dq", "dk", "dv")
+    dx, *_ = _compare(names, _of("project_backward"), arguments, case.stride, backward=True)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_projections_and_gradients_are_as_good_as_pytorch_s(name: str) -> None:
+    _check_projection(Projection(**PROJECTIONS[name]))
+
+
+def test_half_precision_projections_are_as_good_as_pytorch_s() -> None:
+    _check_projection(Projection(dtype=torch.float16, values=True))
+
+
+def test_statistics_keep_a_small_variance_beside_a_large_mean() -> None:
+    case = Projection(height=30, breadth=11, size=3)
+    case.x = case.x / 4096 + 4
+    _, _, _, mean, variance = conv_attention.project(*case.forward(), moments=True, **case.stride)
+    a, b, *_ = conv_attention.project(*case.forward(), moments=False, **case.stride)
+    for i, t in enumerate((a, b)):
+        torch.testing.assert_close(mean[i].double(), t.double().mean((0, 1)), rtol=1e-6, atol=0)
+        exact = t.double().var((0, 1), correction=0)
+        torch.testing.assert_close(variance[i].double(), exact, rtol=1e-5, atol=0)
+
+
+def test_any_strides_give_the_same_projections() -> None:
+    case = Projection()
+    expected = conv_attention.project(*case.forward(), moments=True, **case.stride)
+    wide = torch.zeros(2, 20, 7, 14)
+    wide[:, 2:18, :, 1:13:2] = case.x
+    for x in (case.x.contiguous(), wide[:, 2:18, :, 1:13:2]):
+        found = conv_attention.project(x, *case.filters, moments=True, **case.stride)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_second_runs_and_filled_memory_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = Attention(values=True, batch=1)
+    projection = Projection(values=True, batch=1)
+    a, b, c, mean, _ = conv_attention.project(
+        *projection.forward(), moments=True, **projection.stride
+    )
+    arguments = projection.backward(a, b, c, mean)
+
+    def run() -> list[Tensor]:
+        y, o, lse = conv_attention.attend(*attention.forward(), dropout=0.2, save=True)
+        gradients = conv_attention.attend_backward(*attention.backward(o, lse), dropout=0.2)
+        found = conv_attention.project(*projection.forward(), moments=True, **projection.stride)
+        back = conv_attention.project_backward(*arguments, **projection.stride)
+        return [y, o, lse, *gradients, *found, *back]
+
+    expected = run()
+    new_empty, empty_like = Tensor.new_empty, torch.empty_like
+
+    def filled(t: Tensor) -> Tensor:
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(Tensor, "new_empty", lambda t, *s, **k: filled(new_empty(t, *s, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda t: filled(empty_like(t)))
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+
+
+def test_an_empty_batch_gives_empty_results() -> None:
+    case = Attention(batch=0)
+    y, o, lse = conv_attention.attend(*case.forward(), dropout=0.2, save=True)
+    assert (y.shape, o.shape, lse.shape) == ((0, 19, 16), (0, 19, 2, 16), (0, 2, 19))
+    da, db, dc, *rest = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.2)
+    assert (da.shape, db.shape, dc.shape) == ((0, 19, 16), (0, 13, 16), (0,))
+    for t, p in zip(rest, case.parameters[:6], strict=True):
+        assert t.shape == p.shape
+        assert not t.any()
+    projection = Projection(batch=0)
+    a, b, c, mean, variance = conv_attention.project(
+        *projection.forward(), moments=True, **projection.stride
+    )
+    assert (a.shape, b.shape, c.shape) == ((0, 42, 16), (0, 12, 16), (0,))
+    assert not mean.any()
+    assert not variance.any()
+    arguments = projection.backward(a, b, c, mean)
+    dx, dq, dk, dv = conv_attention.project_backward(*arguments, **projection.stride)
+    assert (dx.shape, dv.shape) == ((0, 16, 7, 6), (0,))
+    assert not dq.any()
+    assert not dk.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "dtype", "reason"),
+    [
+        ((1, 32, 5, 5), 3, torch.float64, "takes float32, float16 and bfloat16, not float64"),
+        ((1, 8, 5, 5), 3, torch.float32, "takes 16 to 128 channels, not 8"),
+        ((1, 129, 5, 5), 3, torch.float32, "takes 16 to 128 channels, not 129"),
+        ((1, 32, 5, 5), 4, torch.float32, "takes odd filters of 3 to 7 pixels, not 4"),
+        ((1, 32, 5, 5), 9, torch.float32, "takes odd filters of 3 to 7 pixels, not 9"),
+        ((1, 32, 5000, 5000), 3, torch.float32, "takes fewer than 2 ** 31 values per image"),
+    ],
+)
+def test_refusals_say_why(
+    shape: tuple[int, ...], size: int, dtype: torch.dtype, reason: str
+) -> None:
+    x = torch.zeros(1, dtype=dtype).expand(shape)
+    filters = torch.zeros(shape[1], 1, size, size)
+    why = conv_attention.supports(x, filters, heads=3, kv_stride=2)
+    assert why is not None
+    assert reason in why
+
+
+def test_devices_are_refused_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, filters = torch.zeros(1, 32, 5, 5), torch.zeros(32, 1, 3, 3)
+    assert conv_attention.supports(x, filters, heads=3, kv_stride=2) is None
+    why = conv_attention.supports(x.to("meta"), filters, heads=3, kv_stride=2)
+    assert why == "runs on CUDA devices, not on meta"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    why = conv_attention.supports(x, filters, heads=3, kv_stride=2)
+    assert why == "runs on CUDA devices, not on the CPU"
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The calls whose kernels are assembled: the model's sizes, and with EQCVT_AOT_WIDE wider."""
+    names = os.environ.get("EQCVT_AOT", "bfloat16 float16 float32").split()
+    widths = (64, 128) if "EQCVT_AOT_WIDE" in os.environ else (32,)
+    for name in names:
+        for width in widths:
+
+            def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+                return torch.empty(shape, dtype=dtype, device="meta")
+
+            def run(name: str = name, width: int = width) -> None:
+                dtype = getattr(torch, name)
+                x = new(128, 61, 61, width, dtype=dtype).permute(0, 3, 1, 2)
+                q, k, affine = new(width, 1, 3, 3), new(width, 1, 3, 3), new(2, width)
+                a, b, _, mean, variance = conv_attention.project(
+                    x, q, k, None, kv_stride=2, moments=True
+                )
+                square, line = new(3, width, width), new(3, width)
+                weights = (
+                    affine,
+                    affine,
+                    square,
+                    line,
+                    square,
+                    new(width),
+                    new(1, dtype=torch.int64),
+                )
+                y, o, lse = conv_attention.attend(a, b, None, a, *weights, dropout=0.1, save=True)
+                conv_attention.attend_backward(y, a, b, None, *weights, o, lse, dropout=0.1)
+                gradients = a, b, None, mean, variance
+                conv_attention.project_backward(
+                    *gradients, a, b, None, mean, x, q, k, None, kv_stride=2
+                )
+
+            yield f"{name} {width}", run
+
+
+def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    target = f"{__name__}:calls"
+    lines = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot", target, "80", "90"],
+        env={"EQCVT_AOT": "bfloat16", **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    reports = [json.loads(line) for line in lines]
+    assert {r["kernel"] for r in reports} >= {
+        "_conv_attention_attend_fwd_kernel",
+        "_conv_attention_attend_bwd_queries_kernel",
+        "_conv_attention_attend_bwd_keys_kernel",
+        "_conv_attention_weights_bwd_kernel",
+        "_conv_attention_project_fwd_kernel",
+        "_conv_attention_project_bwd_kernel",
+    }
+    for r in reports:
+        assert r["spilled"] == 0, r
+        assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
+        if "attend_" in r["kernel"]:
+            assert r["matrix"] == {80: "HMMA", 90: "HGMMA"}[r["capability"]], r

@@ -1,0 +1,212 @@
+"""The Triton kernels of the MLP block against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import primitives
+from tests.tolerance import assert_as_good
+
+if importlib.util.find_spec("triton"):
+    from eqcvt.kernels import common, mlp_block
+    from tests.kernels import aot
+
+pytestmark = [
+    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
+]
+
+
+class Case:
+    """Arguments of the block."""
+
+    def __init__(
+        self,
+        batch: int = 2,
+        tokens: int = 19,
+        width: int = 16,
+        hidden: int = 24,
+        dropout: float = 0.3,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.x = (torch.randn(batch, tokens, width) + 1).to(dtype)
+        self.dy = torch.randn(batch, tokens, width).to(dtype)
+        self.parameters = [
+            1 + 0.2 * torch.randn(width),
+            0.1 * torch.randn(width),
+            torch.randn(hidden, width) / width**0.5,
+            0.1 * torch.randn(hidden),
+            torch.randn(width, hidden) / hidden**0.5,
+            0.1 * torch.randn(width),
+            torch.tensor([-12345678901]),
+        ]
+        self.settings: dict[str, Any] = {"dropout": dropout, "eps": 1e-5}
+
+    def forward(self, wide: bool = False) -> list[Tensor]:
+        tensors = [self.x, *self.parameters]
+        return [t.double() if wide and t.is_floating_point() else t for t in tensors]
+
+    def run(self) -> list[Tensor]:
+        y = mlp_block.forward(*self.forward(), **self.settings)
+        return [y, *mlp_block.backward(self.dy, *self.forward(), **self.settings)]
+
+    def check(self) -> None:
+        y, *gradients = self.run()
+        exact = primitives.mlp_block_forward(*self.forward(wide=True), **self.settings)
+        assert_as_good(y, exact, primitives.mlp_block_forward(*self.forward(), **self.settings))
+        wanted = (
+            primitives.mlp_block_backward(self.dy.to(x[0].dtype), *x, **self.settings)
+            for x in (self.forward(wide=True), self.forward())
+        )
+        for triple in zip(gradients, *wanted, strict=True):
+            assert_as_good(*triple, backward=True)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "model": {"width": 32, "hidden": 64, "tokens": 37},
+    "no dropout": {"dropout": 0.0, "width": 24, "hidden": 40},
+    "hidden channels in tiles": {"hidden": 90, "tokens": 33, "width": 40, "batch": 1},
+    "odd channels": {"width": 18, "hidden": 17, "batch": 3, "tokens": 1},
+    "one token": {"batch": 1, "tokens": 1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_result_is_as_good_as_pytorch_s(name: str) -> None:
+    Case(**CASES[name]).check()
+
+
+def test_half_precision_is_as_good_as_pytorch_s() -> None:
+    Case(**CASES["model"], dtype=torch.float16).check()
+
+
+def test_the_dropout_masks_are_those_of_all_backends() -> None:
+    case = Case(width=16, hidden=16, tokens=23)
+    case.x.zero_()
+    _, _, w1, b1, w2, b2, seed = case.parameters
+    # A hidden layer of one value, passed on channel by channel.
+    for t in (w1, b2):
+        t.zero_()
+    b1.fill_(1.0)
+    w2.copy_(torch.eye(16))
+    y = mlp_block.forward(*case.forward(), **case.settings)
+    kept = primitives.keep(seed, y.shape, 0.3, 1) * primitives.keep(seed, y.shape, 0.3, 2)
+    assert torch.equal(y != 0, kept != 0)
+    torch.testing.assert_close(y, kept.float() * torch.nn.functional.gelu(torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_token_only(value: float) -> None:
+    case = Case(dropout=0.0)
+    case.x[1, 7, 3] = value
+    y, dx, *parameters = case.run()
+    for t in (y, dx):
+        spoiled = t.isnan().all(-1)
+        assert spoiled.sum() == spoiled[1, 7] == 1
+        assert t[~spoiled].isfinite().all()
+    assert all(t.isnan().any() for t in parameters[:3])
+
+
+def test_any_strides_second_runs_and_filled_memory_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(batch=1, hidden=70)
+    expected = case.run()
+    case.x = case.x.transpose(1, 2).contiguous().transpose(1, 2)
+    case.dy = torch.stack([case.dy, case.dy], -1)[..., 0]
+    assert not case.x.is_contiguous()
+    assert not case.dy.is_contiguous()
+    new_empty, empty_like = Tensor.new_empty, torch.empty_like
+    nan = float("nan")
+    monkeypatch.setattr(
+        Tensor,
+        "new_empty",
+        lambda t, *s, **k: new_empty(t, *s, **k).fill_(nan if t.is_floating_point() else 0),
+    )
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t: empty_like(t).fill_(nan if t.is_floating_point() else 0)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
+
+
+def test_runs_of_tiles_sum_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(batch=3, tokens=50, hidden=16)
+    monkeypatch.setattr(common, "INTERPRETED_PROGRAMS", 1)
+    one = case.run()
+    monkeypatch.setattr(common, "INTERPRETED_PROGRAMS", 4)
+    for a, b in zip(case.run(), one, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_batch_gives_empty_results() -> None:
+    case = Case(batch=0)
+    y, dx, *gradients = case.run()
+    assert y.shape == dx.shape == (0, 19, 16)
+    for t, p in zip(gradients, case.parameters[:6], strict=True):
+        assert t.shape == p.shape
+        assert not t.any()
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "device", "reason"),
+    [
+        (32, torch.float64, "cpu", "takes float32, float16 and bfloat16, not float64"),
+        (15, torch.float32, "cpu", "takes 16 to 128 channels, not 15"),
+        (129, torch.float32, "cpu", "takes 16 to 128 channels, not 129"),
+        (32, torch.float32, "meta", "runs on CUDA devices, not on meta"),
+    ],
+)
+def test_refusals_say_why(width: int, dtype: torch.dtype, device: str, reason: str) -> None:
+    x = torch.zeros(2, 3, width, dtype=dtype, device=device)
+    assert mlp_block.supports(x, torch.zeros(4, width)) == reason
+
+
+def test_the_cpu_is_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w1 = torch.zeros(2, 3, 32), torch.zeros(64, 32)
+    assert mlp_block.supports(x, w1) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert mlp_block.supports(x, w1) == "runs on CUDA devices, not on the CPU"
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The calls whose kernels are assembled: the model's sizes, and with EQCVT_AOT_WIDE wider."""
+    sizes = ((64, 256), (128, 512)) if "EQCVT_AOT_WIDE" in os.environ else ((32, 64),)
+    for name in os.environ.get("EQCVT_AOT", "bfloat16 float16 float32").split():
+        for width, hidden in sizes:
+
+            def run(name: str = name, width: int = width, hidden: int = hidden) -> None:
+                shapes = (width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)
+                parameters = [torch.empty(s, device="meta") for s in shapes]
+                parameters.append(torch.empty(1, dtype=torch.int64, device="meta"))
+                x = torch.empty(128, 3721, width, dtype=getattr(torch, name), device="meta")
+                mlp_block.forward(x, *parameters, dropout=0.1, eps=1e-5)
+                mlp_block.backward(x, x, *parameters, dropout=0.1, eps=1e-5)
+
+            yield f"{name} {width}", run
+
+
+def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    lines = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls", "80", "90"],
+        env={"EQCVT_AOT": "bfloat16", **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    reports = [json.loads(line) for line in lines]
+    assert {r["kernel"] for r in reports} >= {"_mlp_block_fwd_kernel", "_mlp_block_bwd_kernel"}
+    for r in reports:
+        # Tiles are sized for sm_90; the backward kernel is a few registers too large for sm_80.
+        assert r["spilled"] <= {80: 64, 90: 0}[r["capability"]], r
+        assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r

@@ -1,0 +1,77 @@
+"""Builds the CUDA sources for the host, with ``emulate.h`` in place of CUDA, and calls them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CUDA = HERE.parents[2] / "csrc" / "cuda"
+NOWHERE = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZE = ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
+
+
+class Emulated:
+    """The launchers of some sources as functions of tensors and numbers."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def order(self, order: int) -> None:
+        """Run fibers and blocks as numbered (0), backwards (1) or shuffled with a seed (> 1).
+
+        Asynchronous copies arrive at the last moment, in odd orders at the first.
+        """
+        self._library.emulate_order(order)
+
+    def launch(self, name: str, *args: Tensor | int | float | None, like: Tensor) -> None:
+        """Call a launcher as ``eqcvt.native.launch`` does, with a NaN-filled workspace."""
+        function = getattr(self._library, f"eqcvt_cuda_{name}")
+        values = [ctypes.c_int(DTYPES[like.dtype]), *map(_argument, args)]
+        size = ctypes.c_int64(-1)
+        status = function(*values, None, ctypes.byref(size), None)
+        assert status == 0, f"{name}: status {status}"
+        assert size.value >= 0, f"{name} did not say what workspace it needs"
+        workspace = torch.full((size.value,), 0xFF, dtype=torch.uint8)
+        status = function(*values, ctypes.c_void_p(workspace.data_ptr()), None, None)
+        assert status == 0, f"{name}: status {status}"
+
+
+def _argument(value: Tensor | int | float | None) -> object:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        # An empty tensor has no address, and null would mean that the tensor is absent.
+        return ctypes.c_void_p(value.data_ptr() or NOWHERE)
+    if isinstance(value, bool):
+        return ctypes.c_int(value)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def build(folder: Path, *sources: Path, address_sanitizer: bool | None = None) -> Path:
+    """Compile sources to a library in ``folder``; it takes the place of the CUDA build in tests.
+
+    AddressSanitizer is built in where it is preloaded, as a library that uses it demands:
+    ``LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 pytest ..``
+    """
+    if address_sanitizer is None:
+        address_sanitizer = "libasan" in os.environ.get("LD_PRELOAD", "")
+    library = folder / f"{sources[0].stem}{'_asan' * address_sanitizer}.so"
+    extra = ["-fsanitize=address"] if address_sanitizer else []
+    command = ["g++", *FLAGS, *SANITIZE, *extra, "-DEQCVT_EMULATE", '-DEQCVT_API=extern "C"']
+    command += ["-include", str(HERE / "emulate.h"), "-x", "c++", *map(str, sources)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
+
+
+def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An output to be written: full of NaN, so that what is left out shows."""
+    return torch.full(shape, float("nan"), dtype=dtype)
