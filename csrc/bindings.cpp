@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "conv_attention.h"
+#include "cpu/parallel.h"
 #include "eqcvt.h"
 #include "lift.h"
 #include "mlp_block.h"
@@ -172,4 +173,5 @@ PYBIND11_MODULE(_native, m) {
     build["cuda_archs"] = py::none();
 #endif
     m.attr("build") = build;
+    m.def("share_openmp", [](const std::string& path) { return eqcvt_share_openmp(path.c_str()); });
 }

@@ -1,8 +1,9 @@
 // What every launcher shares: the codes of data types and of errors.
 //
-// A launcher is a C function that knows neither torch nor Python: raw pointers, sizes, and either a
-// number of threads (cpu/) or a workspace and a stream (cuda/). Its shapes are those of the function
-// of the same name in tests/ops/primitives.py; all tensors are contiguous in the order written there.
+// A launcher is a C function that knows neither torch nor Python: raw pointers, sizes, and either
+// a number of threads (cpu/) or a workspace and a stream (cuda/). Its shapes are those of the
+// function of the same name in tests/ops/primitives.py; all tensors are contiguous, in the order
+// written there.
 #pragma once
 
 #include <stdint.h>

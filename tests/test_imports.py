@@ -45,7 +45,8 @@ HEAVY = {
     *("onnx", "onnxruntime", "onnxscript", "tensorboard", "triton", "escnn", "einops", "sklearn"),
     *("lenstronomy", "scipy", "PIL", "tomli_w", "tomli"),
 }
-FILES = sorted(PACKAGE.rglob("*.py"))
+# Not every Python follows the link to the kernels.
+FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
 
 
 def part_of(path: Path) -> str:

@@ -16,6 +16,7 @@ from eqcvt.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "bench" / "results" / "demo" / "results.json"
+CASE = ("EqCvT", "4x1x129x129")
 BENCH = ROOT / "bench" / "results" / "amd-epyc.csv"
 
 
@@ -61,11 +62,16 @@ def test_the_table_of_the_demo_is_the_recorded_one() -> None:
         ]
 
 
-def test_the_times_are_the_recorded_ones() -> None:
+def test_times_and_memory_are_the_recorded_ones() -> None:
     with BENCH.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["shape"] == "4x1x129x129"]
-    times = {(row["case"], row["implementation"]): float(row["median_ms"]) / 4 for row in rows}
-    for case, start in (("training", "| forward + backward"), ("inference", "| forward, eval")):
+        rows = [r for r in csv.DictReader(file) if (r["op"], r["shape"]) == CASE]
+    recorded = {(row["case"], row["implementation"]): row for row in rows}
+    for case, start, column, per in (
+        ("training", "| forward + backward", "median_ms", 4),
+        ("inference", "| forward, eval", "median_ms", 4),
+        ("training", "| memory of a training step", "peak_mib", 1),
+    ):
         row = next(line for line in README.splitlines() if line.startswith(start))
         cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
-        assert cells == [f"{times[case, name]:.0f}" for name in ("escnn", "compile", "eager")]
+        columns = ("escnn", "eager", "compile", "native")
+        assert cells == [f"{float(recorded[case, n][column]) / per:.0f}" for n in columns]

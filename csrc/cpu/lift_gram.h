@@ -224,7 +224,11 @@ template <class A, class T> int gram_moments(const Conv& c, const A* x, const T*
             for (int64_t t = 0; t < taps; ++t) {
                 w[t] = bank[f * taps + t];
                 product[t] = 0;
-                constant += w[t] * shift[t / area];
+            }
+            for (int64_t channel = 0; channel < c.C; ++channel) {
+                double all = 0; // a filter's sum is small beside its products with the shift
+                for (int64_t t = 0; t < area; ++t) all += w[channel * area + t];
+                constant += all * shift[channel];
             }
             for (int64_t s = 0; s < taps; ++s)
                 for (int64_t t = 0; t < taps; ++t) product[t] += w[s] * R[s * taps + t];

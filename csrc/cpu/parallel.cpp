@@ -10,6 +10,7 @@
 #include <vector>
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -95,14 +96,60 @@ Pool& the_pool() {
     return *pool;
 }
 
+// What GCC compiles `#pragma omp parallel` to, which LLVM's and Intel's runtimes have too.
+struct OpenMP {
+    void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+    int (*thread)() = nullptr;
+    int (*threads)() = nullptr;
+};
+OpenMP openmp;
+
+struct Team {
+    void (*task)(void*, int, int);
+    void* context;
+    int threads;
+};
+
+// With fewer threads than asked for, each does the work of several, so that the partition of the
+// work, and with it the rounding, stays.
+void work(void* data) {
+    const Team& team = *static_cast<const Team*>(data);
+    for (int i = openmp.thread(); i < team.threads; i += openmp.threads())
+        team.task(team.context, i, team.threads);
+}
+
 } // namespace
+
+EQCVT_API int eqcvt_share_openmp(const char* path) {
+#if defined(_WIN32)
+    (void)path;
+    return 0;
+#else
+    void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    if (!library) return 0;
+    OpenMP found;
+    // A handle's symbols are those of what the library was linked with, too.
+    *reinterpret_cast<void**>(&found.parallel) = dlsym(library, "GOMP_parallel");
+    *reinterpret_cast<void**>(&found.thread) = dlsym(library, "omp_get_thread_num");
+    *reinterpret_cast<void**>(&found.threads) = dlsym(library, "omp_get_num_threads");
+    dlclose(library);
+    if (!found.parallel || !found.thread || !found.threads) return 0;
+    // A forked child has none of the runtime's threads, and would wait for them.
+    if (!openmp.parallel) pthread_atfork(nullptr, nullptr, [] { openmp = OpenMP(); });
+    openmp = found;
+    return 1;
+#endif
+}
 
 EQCVT_API void eqcvt_parallel(int threads, void (*task)(void*, int, int), void* context) {
     if (threads <= 1) {
         task(context, 0, 1);
-        return;
+    } else if (openmp.parallel) {
+        Team team{task, context, threads};
+        openmp.parallel(work, &team, static_cast<unsigned>(threads), 0);
+    } else {
+        the_pool().run(threads, task, context);
     }
-    the_pool().run(threads, task, context);
 }
 
 EQCVT_API void* eqcvt_allocate(size_t bytes) {

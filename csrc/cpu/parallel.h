@@ -6,11 +6,16 @@
 
 #include "../eqcvt.h"
 
-// Calls task(context, i, threads) for i = 0 .. threads - 1 at once, the last on the calling thread,
-// and returns when all have. The helpers sleep between calls, so they do not compete with torch's
-// own; a forked child starts helpers of its own. `threads` < 1 counts as 1. Calls from several
-// threads take turns. A task must not throw and must not call eqcvt_parallel.
+// Calls task(context, i, threads) for i = 0 .. threads - 1 at once and returns when all have, on
+// the threads of eqcvt_share_openmp's library, else on helpers of our own; a forked child has
+// helpers of its own too. `threads` < 1 counts as 1. A task must not throw and must not call
+// eqcvt_parallel.
 EQCVT_API void eqcvt_parallel(int threads, void (*task)(void*, int, int), void* context);
+
+// Takes the threads of the OpenMP runtime that the loaded library at `path` uses, and returns 1; or
+// returns 0 if there is none. That runtime's threads spin for milliseconds after each of the
+// library's loops, and threads of our own would have to share the cores with them.
+EQCVT_API int eqcvt_share_openmp(const char* path);
 
 // Aligned memory, or null.
 EQCVT_API void* eqcvt_allocate(size_t bytes);

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,10 @@ def _module() -> ModuleType | None:
     """Return the extension, or None where this installation has none."""
     if importlib.util.find_spec("eqcvt._native") is None:
         return None
-    return importlib.import_module("eqcvt._native")
+    module = importlib.import_module("eqcvt._native")
+    for library in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        module.share_openmp(str(library))
+    return module
 
 
 def _why_not_built() -> str:

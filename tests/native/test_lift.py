@@ -300,7 +300,7 @@ def test_two_runs_agree_to_the_bit(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("offset", [1e2, 1e4])
 @pytest.mark.parametrize("name", ["the model's", "three channels", "stride 2", "no blur"])
 def test_moments_keep_their_digits_far_from_zero(
@@ -308,7 +308,10 @@ def test_moments_keep_their_digits_far_from_zero(
 ) -> None:
     case = CASES[name]._replace(padding=0, masked=False)
     inputs = make(case, dtype)
-    inputs = inputs._replace(x=inputs.x + offset)
+    # Filters of sum one: else it is their sums that make the variance.
+    filters = inputs.bank.double()
+    filters += 1 / filters[0, 0].numel() - filters.mean((2, 3, 4), keepdim=True)
+    inputs = inputs._replace(x=inputs.x + offset, bank=filters.to(inputs.bank.dtype))
     check_moments(case, inputs, correlate=True)
 
 
