@@ -24,7 +24,7 @@ CONFIG = {
     ("fwd", 16, "wide"): sizes(BLOCK_P=64, BLOCK_K=32, num_warps=8, num_stages=1),
     ("fwd", 32, "narrow"): sizes(BLOCK_P=32, BLOCK_K=32, num_warps=4, num_stages=1),
     ("fwd", 32, "wide"): sizes(BLOCK_P=32, BLOCK_K=16, num_warps=8, num_stages=1),
-    ("bwd", 16, "narrow"): sizes(BLOCK_P=64, BLOCK_K=32, BLOCK_F=128, num_warps=8, num_stages=1),
+    ("bwd", 16, "narrow"): sizes(BLOCK_P=32, BLOCK_K=32, BLOCK_F=128, num_warps=8, num_stages=1),
     ("bwd", 16, "wide"): sizes(BLOCK_P=64, BLOCK_K=32, BLOCK_F=64, num_warps=8, num_stages=1),
     ("bwd", 32, "narrow"): sizes(BLOCK_P=32, BLOCK_K=32, BLOCK_F=64, num_warps=8, num_stages=1),
     ("bwd", 32, "wide"): sizes(BLOCK_P=32, BLOCK_K=16, BLOCK_F=32, num_warps=8, num_stages=1),

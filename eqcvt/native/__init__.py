@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 _STATUS = {
     -1: "there is not enough memory",
     -2: "the dtype is not supported",
@@ -69,6 +73,14 @@ def unavailable(device_type: str) -> str | None:
     if reason is None and device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return reason
+
+
+def refuses_dtype(x: Tensor) -> str | None:
+    """Return why no kernel takes the dtype of activations on their device, or None."""
+    taken = KERNEL_DTYPES.get(x.device.type, ())
+    if x.dtype in taken:
+        return None
+    return f"the native extension has no kernel for {x.dtype} on {x.device.type}"
 
 
 def build_info() -> dict[str, Any]:

@@ -9,14 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqcvt.native import launch
+from eqcvt.native import launch, refuses_dtype
 
 WIDTHS = range(16, 129)
-MAX_FILTER = 31
-DTYPES = {
-    "cpu": (torch.float32, torch.float64, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+MAX_FILTER = {"cpu": 31, "cuda": 7}
 
 
 def supports(x: Tensor, filters: Tensor, *, heads: int, kv_stride: int) -> str | None:
@@ -28,14 +24,16 @@ def supports(x: Tensor, filters: Tensor, *, heads: int, kv_stride: int) -> str |
         heads: number of heads.
         kv_stride: stride of the key and value projections.
     """
-    if x.dtype not in DTYPES[x.device.type]:
-        return f"dtype {x.dtype} is not supported on {x.device.type}"
+    reason = refuses_dtype(x)
+    if reason is not None:
+        return reason
     if not WIDTHS[0] <= x.shape[1] <= WIDTHS[-1]:
         return f"{x.shape[1]} channels are not between {WIDTHS[0]} and {WIDTHS[-1]}"
     if filters.shape[-1] % 2 == 0 or filters.shape[-1] != filters.shape[-2]:
         return f"filters of {list(filters.shape[-2:])} are not odd squares"
-    if filters.shape[-1] > MAX_FILTER:
-        return f"filters of {filters.shape[-1]} are wider than {MAX_FILTER}"
+    widest = MAX_FILTER[x.device.type]
+    if filters.shape[-1] > widest:
+        return f"filters of {filters.shape[-1]} pixels are wider than {widest}"
     if min(heads, kv_stride, *x.shape[2:]) < 1:
         return f"{heads} heads, stride {kv_stride} and image {list(x.shape[2:])} must be positive"
     return None

@@ -9,13 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eqcvt.native import launch
+from eqcvt.native import launch, refuses_dtype
 
-DTYPES = {
-    "cpu": (torch.float32, torch.float64, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
 LARGEST_GROUP = 16
+# On a GPU a tile with its halo has to fit into shared memory.
+LARGEST_FILTER, LARGEST_BLUR = 13, 19
 
 
 def supports(
@@ -29,13 +27,18 @@ def supports(
     pool: bool,
 ) -> str | None:
     """Return why the extension cannot serve a call, or None if it can."""
-    device = x.device.type
-    if x.dtype not in DTYPES[device]:
-        return f"the native extension has no kernel for {x.dtype} on {device}"
+    reason = refuses_dtype(x)
+    if reason is not None:
+        return reason
     if bank.shape[1] > LARGEST_GROUP:
         return f"a group of {bank.shape[1]} elements is larger than {LARGEST_GROUP}"
     if blur is not None and blur.shape[-1] % 2 == 0:
         return f"the blur has an even size, {blur.shape[-1]}"
+    if x.device.type == "cuda":
+        if bank.shape[-1] > LARGEST_FILTER:
+            return f"filters of {bank.shape[-1]} pixels are wider than {LARGEST_FILTER}"
+        if blur is not None and blur.shape[-1] > LARGEST_BLUR:
+            return f"a blur of {blur.shape[-1]} pixels is wider than {LARGEST_BLUR}"
     return None
 
 

@@ -7,15 +7,11 @@ tokens are finished in float64.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from eqcvt.native import launch
+from eqcvt.native import launch, refuses_dtype
 
-DTYPES = {
-    "cpu": (torch.float32, torch.float64, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+WIDEST = 128
 
 
 def supports(x: Tensor, w1: Tensor) -> str | None:
@@ -25,9 +21,11 @@ def supports(x: Tensor, w1: Tensor) -> str | None:
         x: tokens, of any shape.
         w1: ``[E, D]``.
     """
-    device = x.device.type
-    if x.dtype not in DTYPES[device]:
-        return f"the native extension has no kernel for {x.dtype} on {device}"
+    reason = refuses_dtype(x)
+    if reason is not None:
+        return reason
+    if x.device.type == "cuda" and w1.shape[1] > WIDEST:
+        return f"{w1.shape[1]} channels are more than the {WIDEST} of the CUDA kernels"
     return None
 
 

@@ -7,15 +7,12 @@ are finished in float64.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from eqcvt.native import launch
+from eqcvt.native import launch, refuses_dtype
 
-DTYPES = {
-    "cpu": (torch.float32, torch.float64, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+# On a GPU a tile with its halo has to fit into shared memory.
+LARGEST_FILTER, WIDEST = 13, 512
 
 
 def supports(x: Tensor, filters: Tensor) -> str | None:
@@ -25,11 +22,16 @@ def supports(x: Tensor, filters: Tensor) -> str | None:
         x: ``[B, C, H, W]``.
         filters: ``[D, C, k, k]``.
     """
-    device = x.device.type
-    if x.dtype not in DTYPES[device]:
-        return f"the native extension has no kernel for {x.dtype} on {device}"
+    reason = refuses_dtype(x)
+    if reason is not None:
+        return reason
     if filters.shape[2] != filters.shape[3]:
         return f"filters of {filters.shape[2]}x{filters.shape[3]} are not square"
+    if x.device.type == "cuda" and (filters.shape[2] > LARGEST_FILTER or len(filters) > WIDEST):
+        return (
+            f"{len(filters)} filters of {filters.shape[2]} pixels are more than the {WIDEST} of "
+            f"{LARGEST_FILTER} that fit into a GPU's shared memory"
+        )
     return None
 
 

@@ -215,6 +215,5 @@ def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
         "_token_embed_bwd_input_kernel",
     }
     for r in reports:
-        # Tiles are sized for sm_90; with Triton 3.7 the backward kernel is too large for sm_80.
-        assert r["spilled"] <= {80: 96, 90: 0}[r["capability"]], r
+        assert r["spilled"] == 0, r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
