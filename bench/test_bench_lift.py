@@ -50,10 +50,8 @@ class EscnnFront(nn.Module):
         """Map images to pooled maps."""
         from escnn import nn as enn
 
-        y: Tensor = self.pool2(
-            self.pool1(self.block(enn.GeometricTensor(x, self.input_type)))
-        ).tensor
-        return y
+        y = self.pool(self.blur(self.block(enn.GeometricTensor(x, self.input_type))))
+        return y.tensor.to(x.dtype)  # escnn's group pooling gives float32 whatever it is given
 
 
 @lru_cache(maxsize=1)
