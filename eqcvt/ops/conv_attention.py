@@ -69,8 +69,8 @@ class Pointwise(NamedTuple):
 
 
 Statistics = tuple[Tensor, Tensor]
-# Folded, a score costs D products where it cost the d of a head; up to D / d of this it pays. On the
-# CPU D = d is twice as fast as torch's attention, and D = 2 d a quarter slower.
+# Folded, a score costs D products where it cost the d of a head; up to D / d of this it pays. On
+# the CPU D = d is twice as fast as torch's attention, and D = 2 d a quarter slower.
 FOLD_PAYS = {"cpu": 1.5}
 
 
