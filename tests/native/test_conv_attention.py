@@ -379,8 +379,6 @@ def projection_gradients(case: Projection, found: Sequence[Tensor]) -> list[Tens
 
 
 def check_projection(case: Projection, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and case.height == case.width == 1:
-        pytest.skip("the gradient of torch's own bfloat16 filters is at times NaN for one pixel")
     it = projection_inputs(case, dtype)
     rough = projection_inputs(case) if dtype == torch.float64 else it
     options = {"kv_stride": case.stride, "moments": case.moments}
@@ -408,9 +406,17 @@ def check_projection(case: Projection, dtype: torch.dtype) -> None:
     )
 
 
+# The gradient of torch's own bfloat16 filters, the measure, is at times NaN for one pixel.
+MEASURABLE = [
+    pytest.param(case, dtype, id=f"{name}-{dtype}")
+    for name, case in PROJECTIONS.items()
+    for dtype in DTYPES
+    if (name, dtype) != ("one pixel", torch.bfloat16)
+]
+
+
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", PROJECTIONS.values(), ids=PROJECTIONS)
+@pytest.mark.parametrize(("case", "dtype"), MEASURABLE)
 def test_projection_is_as_good_as_the_primitives(case: Projection, dtype: torch.dtype) -> None:
     check_projection(case, dtype)
 
