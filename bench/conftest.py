@@ -176,6 +176,7 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, device: st
         synchronised()
         peak = peak_mib(function, device)
         benchmark.group = f"{name['op']} {name['case']} {'x'.join(map(str, shape))}"
+        # One more call unmeasured: to measure memory, what the allocator kept was given back.
         benchmark.pedantic(synchronised, rounds=rounds, iterations=1, warmup_rounds=1)
         if benchmark.stats is None:
             return

@@ -97,8 +97,15 @@ def _unavailable(backend: str, device: str) -> str | None:
     return reason
 
 
-# What torch.compiler.assume_constant_result does, which would import the whole compiler here.
+def _exporting() -> bool:
+    """Return whether ``torch.export`` traces, whose program then needs nothing of this package."""
+    return torch.compiler.is_exporting()
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler here. Of
+# the second, because dynamo itself takes is_exporting() for true in torch.compile (torch 2.11).
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not_native(device: str) -> str | None:
@@ -173,8 +180,8 @@ def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], 
         RuntimeError: if the backend asked for by name cannot serve the call, with the reason.
     """
     requested = current_backend() if backend is None else backend
-    if requested == "reference":  # every op has one, on every device
-        return requested
+    if requested == "reference" or _exporting():  # every op has one, on every device
+        return "reference"
     _check.choice("EQCVT_BACKEND", requested, BACKENDS)
     if requested != "auto":
         reason = _unavailable(requested, device) or supports(_modules[requested][op])
@@ -187,7 +194,7 @@ def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], 
     for candidate in _candidates(device):
         if candidate == "reference":
             break
-        reason = _unavailable(candidate, device) or _unproven(candidate, device)
+        reason = _unproven(candidate, device) or _unavailable(candidate, device)
         reason = reason or supports(_modules[candidate][op])
         if reason is None:
             return candidate

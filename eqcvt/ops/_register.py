@@ -76,12 +76,22 @@ def parameter(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).contiguous()
 
 
-def autocast(x: Tensor) -> Tensor:
-    """Return ``x`` in the precision that autocast asks for on its device, if it is on."""
+def _autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+        return x.dtype
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return ``x`` in the precision that autocast asks for on its device, if it is on."""
+    return x.to(_autocast_dtype(x))
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Return something of the shape, device and dtype of ``autocast(x)``, without its values."""
+    dtype = _autocast_dtype(x)
+    return x if dtype == x.dtype else x.new_empty(1, dtype=dtype).expand(x.shape)
 
 
 def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from eqcvt.ops import _backend
 from eqcvt.ops._register import (
+    as_autocast,
     autocast,
     define,
     parameter,
@@ -262,7 +263,9 @@ def _supports(
     most = FOLD_PAYS.get(x.device.type, 1) * head_dim
     if dim > most:
         return f"{dim} channels are too many to fold heads of {head_dim} into (up to {most:g} pay)"
-    reason: str | None = module.supports(autocast(x), q.filters, heads=heads, kv_stride=kv_stride)
+    reason: str | None = module.supports(
+        as_autocast(x), q.filters, heads=heads, kv_stride=kv_stride
+    )
     return reason
 
 

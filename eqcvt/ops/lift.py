@@ -25,7 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
-from eqcvt.ops._register import autocast, define, parameter, parameter_dtype, zeros_if_none
+from eqcvt.ops._register import (
+    as_autocast,
+    autocast,
+    define,
+    parameter,
+    parameter_dtype,
+    zeros_if_none,
+)
 from eqcvt.ops.norm import batch_affine, batch_norm, running_affine
 
 
@@ -230,7 +237,7 @@ def lift(
         x.device.type,
         backend,
         lambda module: module.supports(
-            autocast(x),
+            as_autocast(x),
             bank,
             blur,
             stride=stride,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
-from eqcvt.ops._register import autocast, define, parameter, parameter_dtype, seed_of
+from eqcvt.ops._register import as_autocast, autocast, define, parameter, parameter_dtype, seed_of
 from eqcvt.ops.norm import layer_norm
 
 
@@ -84,7 +84,7 @@ def mlp_block(
             f"got {list(x.shape)}, {list(w1.shape)}, {list(w2.shape)}"
         )
     chosen = _backend.choose(
-        "mlp_block", x.device.type, backend, lambda module: module.supports(autocast(x), w1)
+        "mlp_block", x.device.type, backend, lambda module: module.supports(as_autocast(x), w1)
     )
     implementation = (
         mlp_block_reference if chosen == "reference" else partial(_mlp_block_fused, chosen)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
-from eqcvt.ops._register import autocast, define, parameter, parameter_dtype
+from eqcvt.ops._register import as_autocast, autocast, define, parameter, parameter_dtype
 from eqcvt.ops.lift import conv_size
 from eqcvt.ops.norm import layer_norm
 
@@ -76,7 +76,10 @@ def token_embed(
             f"got {list(x.shape)}"
         )
     chosen = _backend.choose(
-        "token_embed", x.device.type, backend, lambda module: module.supports(autocast(x), filters)
+        "token_embed",
+        x.device.type,
+        backend,
+        lambda module: module.supports(as_autocast(x), filters),
     )
     implementation = (
         token_embed_reference if chosen == "reference" else partial(_token_embed_fused, chosen)
