@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
+GPU_WORKERS ?= 4
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -17,11 +18,11 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test gpu-test lint bench format clean
+.PHONY: help demo test gpu-test gpu-session sanitize lint bench paper format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo 'Variables: PYTHON=python3.11  CONSTRAINTS= (no pinned versions)  ARGS="..." (for pytest or the demo)'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo 'Variables: PYTHON=python3.11  CONSTRAINTS= (no pinned versions)  ARGS="..." (for pytest or the demo)  OUT= PARTS= LIMITS= (bench/gpu.sh)'
 
 demo: $(VENV)/.ready-demo  ## simulate a small set, train, evaluate, and draw the pictures in demo/
 	$(BIN)/eqcvt demo --out demo $(ARGS)
@@ -30,7 +31,13 @@ test: $(VENV)/.ready-test  ## run the tests
 	$(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu-test: $(VENV)/.ready-test  ## run the tests that need a GPU, and fail where there is none
-	EQCVT_REQUIRE=cuda $(BIN)/python -m pytest -p no:benchmark -m gpu $(ARGS)
+	EQCVT_REQUIRE=cuda $(BIN)/python -m pytest -p no:benchmark -m gpu -n $(GPU_WORKERS) --dist worksteal $(ARGS)
+
+sanitize: $(VENV)/.ready-test  ## run the GPU kernels under compute-sanitizer; the record goes to bench/results/
+	$(BIN)/python -m bench.sanitize $(ARGS)
+
+gpu-session: $(VENV)/.ready-test  ## on a machine with a GPU: build, test, check, tune, time, sanitize
+	PYTHON=$(BIN)/python bench/gpu.sh
 
 lint: $(VENV)/.ready-lint  ## check style and types
 	$(BIN)/python -m ruff check .
@@ -40,6 +47,9 @@ lint: $(VENV)/.ready-lint  ## check style and types
 
 bench: $(VENV)/.ready-test  ## check, then time the models; the numbers go to bench/results/
 	$(BIN)/python -m pytest bench $(ARGS)
+
+paper: $(VENV)/.ready-demo  ## make the paper's table from nothing, or go on with it: paper/
+	$(BIN)/python -m bench.paper $(ARGS)
 
 format: $(VENV)/.ready-lint  ## rewrite the sources in the house style
 	$(BIN)/python -m ruff format .

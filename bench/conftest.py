@@ -1,45 +1,47 @@
-"""Measures a case and merges the numbers into bench/results/<device>.csv."""
+"""Chooses cases, measures them, and merges the numbers into bench/results/<device>.csv."""
 
 from __future__ import annotations
 
-import csv
-import ctypes
 import datetime
 import gc
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import eqcvt
+from bench import must
+from bench.cases import LEVELS, Case
 from bench.floor import Work, floor_ms
-from eqcvt._files import replacing
+from bench.implementations import IMPLEMENTATIONS, Refused, missing
+from bench.origin import ROOT, commit, device_name, threads, versions
+from bench.rows import Row, lines, save
+from bench.timing import Function, cuda_seconds, once, peak_mib, reserved_mib
 from tests import escnn_stub
 
-ROOT = Path(__file__).resolve().parents[1]
-KEY = ("case", "op", "implementation", "shape", "dtype", "threads")
-COLUMNS = (
-    *KEY,
-    "median_ms",
-    "iqr_ms",
-    "images_per_s",
-    "peak_mib",
-    "floor_share",
-    "rounds",
-    "device",
-    "versions",
-    "commit",
-    "date",
-)
-ROWS = pytest.StashKey[list[dict[str, str]]]()
+ROWS = pytest.StashKey[list[Row]]()
+START = pytest.StashKey[float]()
+# A measurement on the CPU takes about so many seconds, in so many rounds at least and at most.
+CPU_S, CPU_ROUNDS = 6.0, (5, 15)
+
+
+class Record(Protocol):
+    """The type of the fixture ``record``."""
+
+    def __call__(
+        self,
+        case: Case,
+        implementation: str,
+        seconds: list[float],
+        *,
+        peak: float | None = None,
+        work: Work | None = None,
+    ) -> None: ...
 
 
 class Measure(Protocol):
@@ -47,68 +49,87 @@ class Measure(Protocol):
 
     def __call__(
         self,
-        function: Callable[[], object],
-        *,
-        case: str,
-        op: str,
+        case: Case,
         implementation: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        rounds: int,
+        build: Callable[[], Function],
+        *,
         work: Work | None = None,
     ) -> None: ...
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--compile", action="store_true", help="time torch.compile too (minutes more)")
-    parser.addoption("--device", default="cpu", help="cpu or cuda")
-    parser.addoption("--quick", action="store_true", help="one round of the smallest size")
-    parser.addoption("--results", default=str(ROOT / "bench" / "results"), help="folder of the CSV")
+    add = parser.addoption
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    add("--quick", action="store_true", help="one round of the smallest sizes; nothing is written")
+    add("--compile", action="store_true", help="time torch.compile too (minutes more)")
+    add("--full", action="store_true", help="every case and implementation (hours on a CPU)")
+    add("--must", action="store_true", help="on a GPU: what must be reached, and whether it was")
+    add("--minutes", type=float, help="no case is begun after so many; what was timed is kept")
+    add("--results", default=str(ROOT / "bench" / "results"), help="folder of the CSV")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[START] = time.monotonic()
+    if config.getoption("--must") and config.getoption("--device") != "cuda":
+        raise pytest.UsageError("--must is about an H100: it needs --device cuda")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def left_out(name: str, config: pytest.Config) -> str | None:
+    """Return why this run does not take an implementation, or None if it does."""
+    asked_by = IMPLEMENTATIONS[name].asked_by
+    asked = asked_by == "default" or config.getoption("--full") or config.getoption("--must")
+    if not asked and not (asked_by == "--compile" and config.getoption("--compile")):
+        return f"{asked_by} takes it"
+    return missing(name, config.getoption("--device"))
+
+
+def takes(case: Case, implementation: str, config: pytest.Config) -> bool:
+    """Whether the options ask for a case by an implementation."""
+    if config.getoption("--must"):
+        return must.needs(case, implementation)
+    full, quick = config.getoption("--full"), config.getoption("--quick")
+    level = "quick" if quick else "full" if full else "default"
+    return LEVELS.index(case.level) <= LEVELS.index(level)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a file's test each of its ``cases(device)`` by each implementation that is there."""
+    config = metafunc.config
+    chosen = [
+        (case, name)
+        for case in metafunc.module.cases(config.getoption("--device"))
+        for name in case.implementations
+        if takes(case, name, config)
+        and (name not in IMPLEMENTATIONS or left_out(name, config) is None)
+    ]
+    ids = [f"{case}-{name}" for case, name in chosen]
+    metafunc.parametrize(("case", "implementation"), chosen, ids=ids)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Stop what hangs before it costs the others their time."""
+    for item in items:
+        if not item.path.is_relative_to(ROOT / "bench"):
+            continue
+        item.add_marker(pytest.mark.timeout(180 if config.getoption("--must") else 900))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what would begin too late."""
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - item.config.stash[START] > 60 * minutes:
+        pytest.skip(f"--minutes {minutes:g} are over")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     device = config.getoption("--device")
-    return (
-        f"bench: {device_name(device)}, {versions()}, {threads(device) or 'no'} threads, {commit()}"
-    )
-
-
-def device_name(device: str) -> str:
-    """Return the name of the GPU or of the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def threads(device: str) -> str:
-    """Return the number of threads of the CPU's work; nothing on a GPU."""
-    return str(torch.get_num_threads()) if device == "cpu" else ""
-
-
-def versions() -> str:
-    """Return the versions that the numbers depend on."""
-    parts = f"eqcvt {eqcvt.__version__}; torch {torch.__version__}; numpy {np.__version__}"
-    return f"{parts}; Python {platform.python_version()}"
-
-
-def commit() -> str:
-    """Return the checkout's commit, marked where sources differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return "unknown commit"
-    watched = [*git, "status", "--porcelain", "--", "eqcvt", "kernels", "csrc", "bench/*.py"]
-    changed = subprocess.run(watched, capture_output=True, text=True).stdout
-    return head.stdout.strip() + ("+changes" if changed else "")
+    reasons = {name: left_out(name, config) for name in IMPLEMENTATIONS}
+    where = f"{device_name(device)}, {threads(device) or 'no'} threads"
+    return [
+        f"bench: {where}, {versions()}, {commit()}",
+        *(f"left out: {name} ({reason})" for name, reason in reasons.items() if reason),
+    ]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -126,100 +147,121 @@ def device(pytestconfig: pytest.Config) -> str:
     return name
 
 
-def _resident(field: str) -> float:
-    """Return a field of the process's memory in MiB, as Linux counts it."""
-    text = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{field}:\s*(\d+) kB$", text, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
-def peak_mib(function: Callable[[], object], device: str) -> float | None:
-    """Return the memory one call adds at its height, or None where the system does not tell."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)  # what was freed before must not serve this call for nothing
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    except OSError:
-        return None
-    before = _resident("VmRSS")
-    function()
-    return _resident("VmHWM") - before
+@pytest.fixture(autouse=True)
+def _precision(case: Case) -> None:
+    """Set torch's switch of float32 products to what the case says."""
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype != "float32"
+    torch.backends.cudnn.allow_tf32 = case.dtype != "float32"
 
 
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, device: str) -> Measure:
-    """Time a function, after one call that does not count, and keep a row for the CSV."""
+def record(pytestconfig: pytest.Config, device: str) -> Record:
+    """Keep a row, and write it at once: a run that is cut off keeps what it has."""
 
-    def timed(
-        function: Callable[[], object],
+    def kept(
+        case: Case,
+        implementation: str,
+        seconds: list[float],
         *,
-        rounds: int,
-        shape: Any,
-        dtype: Any,
+        peak: float | None = None,
         work: Work | None = None,
-        **name: str,
     ) -> None:
-        def synchronised() -> None:
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        synchronised()
-        peak = peak_mib(function, device)
-        benchmark.group = f"{name['op']} {name['case']} {'x'.join(map(str, shape))}"
-        # One more call unmeasured: to measure memory, what the allocator kept was given back.
-        benchmark.pedantic(synchronised, rounds=rounds, iterations=1, warmup_rounds=1)
-        if benchmark.stats is None:
-            return
-        stats = benchmark.stats.stats
-        share = None if work is None else floor_ms(work, device, dtype) / (stats.median * 1e3)
-        row = name | {
-            "shape": "x".join(map(str, shape)),
-            "dtype": str(dtype).removeprefix("torch."),
+        median = statistics.median(seconds)
+        quartiles = np.percentile(seconds, [25, 75])
+        share = None if work is None else floor_ms(work, device, case.dtype) / (median * 1e3)
+        name, op, shape, dtype = case.key
+        row = {
+            "case": name,
+            "op": op,
+            "implementation": implementation,
+            "shape": shape,
+            "dtype": dtype,
             "threads": threads(device),
-            "median_ms": f"{stats.median * 1e3:.3f}",
-            "iqr_ms": f"{stats.iqr * 1e3:.3f}",
-            "images_per_s": f"{shape[0] / stats.median:.3f}",
+            "median_ms": f"{median * 1e3:.3f}",
+            "iqr_ms": f"{(quartiles[1] - quartiles[0]) * 1e3:.3f}",
+            "images_per_s": f"{case.shape[0] / median:.3f}",
             "peak_mib": "" if peak is None else f"{peak:.1f}",
             "floor_share": "" if share is None else f"{share:.3f}",
-            "rounds": str(stats.rounds),
+            "rounds": str(len(seconds)),
             "device": device_name(device),
             "versions": versions(),
             "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
         pytestconfig.stash[ROWS].append(row)
+        if not pytestconfig.getoption("--quick"):
+            save(Path(pytestconfig.getoption("--results")), [row])
 
-    return timed
-
-
-def merged(old: list[dict[str, str]], new: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return all rows, sorted, a new one in the place of an old one of the same key."""
-    table = {tuple(row[column] for column in KEY): row for row in [*old, *new]}
-    return [table[key] for key in sorted(table)]
+    return kept
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Merge the rows of this run into the device's CSV."""
-    rows = session.config.stash[ROWS]
-    if not rows or session.config.getoption("--quick"):
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, device: str, record: Record) -> Iterator[Measure]:
+    """Build a function, call it until all is compiled, then take its memory and its time.
+
+    Another project's code that does not run here is skipped with the reason; ours fails.
+    """
+
+    def measured(
+        case: Case,
+        implementation: str,
+        build: Callable[[], Function],
+        *,
+        work: Work | None = None,
+    ) -> None:
+        before = reserved_mib() if device == "cuda" else 0.0
+        mode = IMPLEMENTATIONS[implementation].mode if implementation in IMPLEMENTATIONS else ""
+        try:
+            function = build()
+            function()
+        except Refused as error:
+            pytest.skip(str(error))
+        except (NotImplementedError, RuntimeError) as error:
+            if implementation.split("-")[0] in ("eager", "native", "triton", "auto"):
+                raise
+            pytest.skip(f"{implementation} does not run: {str(error).splitlines()[0]}")
+        if device == "cuda":
+            for _ in range(3):  # torch.compile records its CUDA graphs after the first call
+                function()
+            # A graph allocates nothing when it runs: it keeps its memory between the calls.
+            graphs = mode in ("graph", "max-autotune")
+            held = max(0.0, reserved_mib() - before) if graphs else 0.0
+            peak = (peak_mib(function, device) or 0.0) + held
+            rounds = 1 if request.config.getoption("--quick") else None
+            seconds = cuda_seconds(function, rounds=rounds)
+        else:
+            peak = peak_mib(function, device)
+            seconds = _cpu_seconds(request, f"{case.op} {' '.join(case.key[::2])}", function)
+        if seconds:
+            record(case, implementation, seconds, peak=peak, work=work)
+
+    yield measured
+    torch.compiler.reset()  # with the memory of its graphs
+    gc.collect()
+
+
+def _cpu_seconds(request: pytest.FixtureRequest, group: str, function: Function) -> list[float]:
+    """Return the seconds of each round by pytest-benchmark; none where that is switched off."""
+    benchmark: BenchmarkFixture = request.getfixturevalue("benchmark")
+    benchmark.group = group
+    rounds = 1
+    if not request.config.getoption("--quick"):
+        # Also one more call unmeasured: to measure memory, what the allocator kept was given back.
+        low, high = CPU_ROUNDS
+        rounds = max(low, min(high, int(CPU_S / once(function, "cpu"))))
+    benchmark.pedantic(function, rounds=rounds, iterations=1, warmup_rounds=1)
+    return list(benchmark.stats.stats.data) if benchmark.stats is not None else []
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print the rows of a GPU, and with --must what was reached (a CPU's pytest-benchmark has)."""
+    rows = config.stash[ROWS]
+    if config.getoption("--device") != "cuda" or not rows:
         return
-    name = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
-    path = Path(session.config.getoption("--results")) / f"{name}.csv"
-    old: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = list(csv.DictReader(file))
-    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator=os.linesep)
-        writer.writeheader()
-        writer.writerows(merged(old, rows))
+    terminalreporter.section(f"bench: {rows[0]['device']}, {rows[0]['versions']}")
+    terminalreporter.write_line("\n".join(lines(rows)))
+    if config.getoption("--must"):
+        terminalreporter.section("must reach")
+        terminalreporter.write_line("\n".join(must.report(rows)))

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import eqcvt
-from bench import implementations
+from bench.cases import DTYPES, Case, both
 from bench.conftest import Measure
 from bench.floor import Work
+from bench.implementations import calls, contender
+from bench.timing import Function
 from eqcvt.convert import to_escnn
-
-pytestmark = pytest.mark.timeout(900)
 
 SIZE, FILTERS, KERNEL, BLUR = 129, 40, 7, 5
 BATCH = {"cpu": 4, "cuda": 128}
 
 
-def work(batch: int, channels: int, width: int, training: bool) -> Work:
-    """Count the block's multiply-accumulates and bytes, for values of ``width`` bytes.
+def cases(device: str) -> list[Case]:
+    result = []
+    for channels in (3, 1):
+        for dtype in ("float32",) if device == "cpu" else ("bfloat16", "tf32", "float32"):
+            rare = device == "cuda" and dtype == "float32"
+            level = "full" if rare else "quick" if channels == 1 else "default"
+            shape = (BATCH[device], channels, SIZE, SIZE)
+            result += both("lift", shape=shape, dtype=dtype, level=level)
+    return result
+
+
+def work(case: Case) -> Work:
+    """Count the block's multiply-accumulates and bytes.
 
     Inference is one convolution and one separable blur; images are read and the pooled maps
     written. Training needs the convolution once more for the statistics and once to be recomputed,
     the weight gradient once, and the transposed blur; maps, their gradient and a byte that says
     which element won are read and written.
     """
+    batch, channels = case.shape[:2]
+    width = DTYPES[case.dtype].itemsize
     grid, blurred = (SIZE + 2 - KERNEL + 1) ** 2, (SIZE + 2 - KERNEL - BLUR + 2) ** 2
     convolution = batch * grid * FILTERS * channels * KERNEL**2
     blur = batch * blurred * FILTERS * 2 * BLUR
     images, maps = batch * channels * SIZE**2 * width, batch * blurred * FILTERS // 4
-    if not training:
+    if not case.training:
         return Work(convolution + blur, bytes=images + maps * width)
     return Work(4 * convolution + 2 * blur, bytes=3 * images + maps * (2 * width + 2))
 
@@ -55,47 +66,24 @@ class EscnnFront(nn.Module):
 
 
 @lru_cache(maxsize=1)
-def plain(channels: int, device: str) -> tuple[eqcvt.EqCvT, Tensor]:
-    """Return a plain model, which stays untrained, and images."""
+def plain(channels: int, device: str) -> eqcvt.EqCvT:
+    """Return a plain model, which stays untrained."""
     torch.manual_seed(0)
-    model = eqcvt.EqCvT(in_channels=channels, image_size=SIZE).to(device)
-    return model, torch.rand(BATCH[device], channels, SIZE, SIZE, device=device)
+    return eqcvt.EqCvT(in_channels=channels, image_size=SIZE).to(device)
 
 
-@pytest.mark.parametrize("implementation", implementations.IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", ["training", "inference"])
-@pytest.mark.parametrize("channels", [3, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_bench_lift(
-    dtype: torch.dtype,
-    case: str,
-    channels: int,
-    implementation: str,
-    measure: Measure,
-    device: str,
-    pytestconfig: pytest.Config,
-) -> None:
-    implementations.skip_what_is_not_there(implementation, device, pytestconfig)
-    if device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("bfloat16 is timed on GPUs")
-    model, images = plain(channels, device)
-    images = images.to(dtype)
-    ours = copy.deepcopy(model.lift[0]).to(dtype)
-    if implementation == "escnn":
-        module: nn.Module = EscnnFront(to_escnn(model)).to(device, dtype)
-    else:
-        module = implementations.variant(ours, implementation)
-    implementations.agree(module, ours, images[:2])
-    training = case == "training"
-    measure(
-        implementations.training_step(module, images, input_gradient=False)
-        if training
-        else implementations.inference(module, images),
-        case=case,
-        op="lift",
-        implementation=implementation,
-        shape=tuple(images.shape),
-        dtype=dtype,
-        rounds=1 if pytestconfig.getoption("--quick") else 15,
-        work=work(len(images), channels, dtype.itemsize, training),
-    )
+def test_bench_lift(case: Case, implementation: str, measure: Measure, device: str) -> None:
+    model = plain(case.shape[1], device)
+    images = torch.rand(case.shape, device=device, dtype=DTYPES[case.dtype])
+
+    def build() -> Function:
+        module = contender(
+            case,
+            implementation,
+            model.lift[0],
+            images,
+            escnn=lambda: EscnnFront(to_escnn(model)).to(device),
+        )
+        return calls(case, implementation, module, images)
+
+    measure(case, implementation, build, work=work(case))

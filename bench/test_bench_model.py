@@ -1,77 +1,136 @@
-"""Whole models, training and inference: equal to the plain one and to escnn's first, then timed."""
+"""Whole models: training, inference and the first step; equal to the plain one, then timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-import eqcvt
-from bench import implementations
-from bench.conftest import Measure
-from eqcvt.convert import to_escnn
+from bench import blocks, models
+from bench.cases import STANDARD, WITHOUT_ESCNN, Case, both
+from bench.conftest import Measure, Record
+from bench.timing import Function
+from eqcvt.models.cvt import BASELINE_STAGES
+from eqcvt.nn import TransformerStage
 
-pytestmark = pytest.mark.timeout(900)
+ROOT = Path(__file__).resolve().parents[1]
+ALL = ("escnn", "escnn-compile", *WITHOUT_ESCNN)
+COMPILERS = ("escnn", "escnn-compile", "eager", "compile", "compile-max", "native", "triton")
+STEPS = ("eager", "compile-max", "native-graph", "triton-graph", "auto-graph")
+# Model, side of the images, channels, images, level. escnn's attention writes its scores out: from
+# some size on they do not fit in the memory. Statistics of one image alone are refused in training.
+SIZES: dict[str, list[tuple[str, int, int, int, str]]] = {
+    "cpu": [
+        ("EqCvT", 129, 3, 4, "default"),
+        ("EqCvT", 129, 1, 4, "default"),
+        ("EqCvT", 65, 3, 4, "default"),
+        ("EqCvT", 65, 1, 4, "quick"),
+        ("CvT", 129, 1, 4, "default"),
+        *((name, 129, 1, images, "full") for name in ("EqCvT", "CvT") for images in (1, 16)),
+        *(("EqCvT", size, 1, 4, "full") for size in (193, 257)),
+        *((f"EqCvT {variant}", 129, 1, 4, "full") for variant in ("exact", "D4", "D4 exact")),
+    ],
+    "cuda": [
+        *(("EqCvT", 129, 3, images, "default") for images in (128, 16)),
+        ("CvT", 129, 1, 128, "default"),
+        ("EqCvT", 65, 3, 16, "quick"),
+        ("EqCvT", 129, 1, 128, "full"),
+        *(("EqCvT", 129, 3, images, "full") for images in (1, 512)),
+        *(("CvT", 129, 1, images, "full") for images in (1, 16, 512)),
+        *(("EqCvT", size, 3, 16, "full") for size in (193, 257)),
+        *((f"EqCvT {variant}", 129, 3, 128, "full") for variant in ("exact", "D4", "D4 exact")),
+    ],
+}
+# Pixels of a batch, beyond which escnn's scores of one block alone take 10 GiB.
+ESCNN_PIXELS = {"cpu": 4 * 193**2, "cuda": 128 * 129**2}
 
-BATCH = 4
-CASES = [("EqCvT", 129, 3), ("EqCvT", 129, 1), ("EqCvT", 65, 3), ("EqCvT", 65, 1), ("CvT", 129, 1)]
 
-
-@lru_cache(maxsize=1)
-def plain(name: str, size: int, channels: int, device: str) -> tuple[nn.Module, Tensor]:
-    """Return our plain model, which stays untrained, and images."""
-    torch.manual_seed(0)
-    model = getattr(eqcvt, name)(in_channels=channels, image_size=size)
-    return model.to(device), torch.rand(BATCH, channels, size, size, device=device)
-
-
-def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """Return a function that runs the model forward and backward in training mode."""
-    model.train()
-    labels = torch.arange(len(images), device=images.device) % 2
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        cross_entropy(model(images), labels).backward()
-
-    return step
-
-
-@pytest.mark.parametrize("implementation", implementations.IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", ["training", "inference"])
-@pytest.mark.parametrize(("name", "size", "channels"), CASES)
-def test_bench_model(
-    name: str,
-    size: int,
-    channels: int,
-    case: str,
-    implementation: str,
-    measure: Measure,
-    device: str,
-    pytestconfig: pytest.Config,
-) -> None:
-    implementations.skip_what_is_not_there(implementation, device, pytestconfig)
-    if implementation == "escnn" and name == "CvT":
-        pytest.skip("there is nothing of escnn's in a CvT")
-    if pytestconfig.getoption("--quick") and size > 65:
-        pytest.skip("--quick keeps to the smallest size")
-    ours, images = plain(name, size, channels, device)
-    if implementation == "escnn":
-        model = to_escnn(ours).to(device)
-    else:
-        model = implementations.variant(ours, implementation)
-    implementations.agree(model, ours, images[:2])
-    training = case == "training"
-    measure(
-        training_step(model, images) if training else implementations.inference(model, images),
-        case=case,
-        op=name,
-        implementation=implementation,
-        shape=tuple(images.shape),
-        dtype=images.dtype,
-        rounds=1 if pytestconfig.getoption("--quick") else 7 if size > 100 else 15,
+def cases(device: str) -> list[Case]:
+    main_dtype = "float32" if device == "cpu" else "bfloat16"
+    result = []
+    for name, size, channels, images, level in SIZES[device]:
+        shape = (images, channels, size, size)
+        fits = images * size**2 <= ESCNN_PIXELS[device] and size <= 193
+        exported = name in ("EqCvT", "EqCvT D4") and fits
+        whole = {
+            "op": name,
+            "shape": shape,
+            "level": level,
+            "implementations": ALL if exported else WITHOUT_ESCNN,
+        }
+        dtypes = [main_dtype]
+        if device == "cuda" and (name, size, images) == ("EqCvT", 129, 128):
+            dtypes.append("tf32")
+        for dtype in dtypes:
+            result += [
+                case for case in both(**whole, dtype=dtype) if images > 1 or not case.training
+            ]
+        if device == "cuda" and images in (16, 128):
+            step = {**whole, "dtype": main_dtype, "implementations": STEPS}
+            result.append(Case(case="step", **step))
+    size, channels = 129, 1 if device == "cpu" else 3
+    images = 4 if device == "cpu" else 16
+    result.append(
+        Case(
+            op="EqCvT",
+            case="first training",
+            shape=(images, channels, size, size),
+            dtype=main_dtype,
+            level="full",
+            implementations=COMPILERS,
+        )
     )
+    for number, channels, size in ((1, 1, 129), (2, 64, 33)):
+        shape = (blocks.BATCH[device], channels, size, size)
+        result += both(
+            f"CvT stage {number}",
+            shape=shape,
+            dtype=main_dtype,
+            level="full",
+            implementations=STANDARD[1:],
+        )
+    return result
+
+
+def first_step(case: Case, implementation: str, device: str, folder: Path) -> float:
+    """Return the seconds to the end of the first step, in a process that finds no caches."""
+    caches = {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    text = json.dumps(dataclasses.asdict(case))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "bench.models", text, implementation, device],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | caches,
+    )
+    if done.returncode:
+        pytest.fail(f"the first step failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def test_bench_model(
+    case: Case, implementation: str, measure: Measure, record: Record, device: str, tmp_path: Path
+) -> None:
+    if case.case == "first training":
+        record(case, implementation, [first_step(case, implementation, device, tmp_path)])
+        return
+    torch.manual_seed(0)
+    if case.op.startswith("CvT stage"):
+        number = int(case.op.split()[-1])
+        stage = TransformerStage(case.shape[1], BASELINE_STAGES[number - 1], dropout=0.1)
+        later = number > 1  # images have no gradient
+        blocks.time_block(case, implementation, stage, measure, device, input_gradient=later)
+        return
+
+    images, labels = models.batch(case, device)
+
+    def build() -> Function:
+        return models.step(case, implementation, models.plain(case, device), images, labels)
+
+    measure(case, implementation, build)

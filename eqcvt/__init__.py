@@ -3,7 +3,17 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from eqcvt import convert, nn, ops
-from eqcvt.models import CvT, EqCvT, create_model, list_models, load_model
+from eqcvt.fast import accelerate, decelerate
+from eqcvt.models import (
+    CvT,
+    EqCvT,
+    create_model,
+    list_models,
+    list_pretrained,
+    load_model,
+    load_pretrained,
+    pretrained_folder,
+)
 from eqcvt.ops import use_backend
 
 try:
@@ -15,11 +25,16 @@ __all__ = [
     "CvT",
     "EqCvT",
     "__version__",
+    "accelerate",
     "convert",
     "create_model",
+    "decelerate",
     "list_models",
+    "list_pretrained",
     "load_model",
+    "load_pretrained",
     "nn",
     "ops",
+    "pretrained_folder",
     "use_backend",
 ]

@@ -1,4 +1,7 @@
-"""``eqcvt demo``: simulate, train three models under one budget, evaluate, draw; in minutes."""
+"""``eqcvt demo``: simulate, train three models under one budget, evaluate, draw; in minutes.
+
+The trained models that come with the package are evaluated beside them, on fresh images.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 
 from eqcvt import load_model, plots, report
 from eqcvt.data import load, simulate
-from eqcvt.models import VisionModel
+from eqcvt.models import VisionModel, list_pretrained, load_pretrained, pretrained_folder
 from eqcvt.nn import set_backend
 from eqcvt.train import TrainConfig, train
 from eqcvt.train.distributed import resolve_device
@@ -26,6 +29,8 @@ MODELS = {
     "CvT": ("cvt", 4e-4),
 }
 RESULTS = "results.json"
+# Seeds of the images; the packaged models were trained and selected on others.
+TRAIN_SEED, TEST_SEED, FRESH_SEED = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ def run(demo: Demo, say: Callable[[str], None]) -> dict[str, Any]:
         say: is told each step.
 
     Returns:
-        The content of ``results.json``: origin, settings, for each model its metrics, and the
-        pictures' paths relative to the folder.
+        The content of ``results.json``: origin, settings, for each model its metrics, the same for
+        each packaged one, and the pictures' paths relative to the folder.
 
     Raises:
         FileExistsError, ValueError: the folder holds parts made with other settings.
@@ -68,7 +73,10 @@ def run(demo: Demo, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"1/4 simulating {demo.images} + {demo.test_images} images of {demo.size}x{demo.size}")
     sets = {
         name: simulate("deeplense", count, seed=seed, size=demo.size, out=demo.out / f"{name}.npz")
-        for name, count, seed in (("train", demo.images, 1), ("test", demo.test_images, 2))
+        for name, count, seed in (
+            ("train", demo.images, TRAIN_SEED),
+            ("test", demo.test_images, TEST_SEED),
+        )
     }
     say(f"2/4 training {len(MODELS)} models for {demo.epochs} epochs each")
     histories = {name: _train(demo, name, sets["train"], say) for name in MODELS}
@@ -84,6 +92,7 @@ def run(demo: Demo, say: Callable[[str], None]) -> dict[str, Any]:
     for name, history in histories.items():
         results[name]["seconds"] = sum(row["seconds"] for row in history)
         results[name]["epochs"] = len(history)
+    packaged = _evaluate_packaged(demo, say)
     say("4/4 drawing")
     pictures = _draw(demo, models, results, histories, sets)
     content = {
@@ -91,6 +100,7 @@ def run(demo: Demo, say: Callable[[str], None]) -> dict[str, Any]:
         "settings": _settings(demo),
         "seconds": time.perf_counter() - begun,
         "models": results,
+        "packaged": packaged,
         "pictures": [str(p.relative_to(demo.out)) for p in pictures],
     }
     report.write_json(demo.out / RESULTS, content)
@@ -127,6 +137,7 @@ def _finished(demo: Demo) -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     whole = all((demo.out / picture).is_file() for picture in content["pictures"])
+    whole = whole and sorted(content.get("packaged", {})) == list_pretrained()
     return content if whole and content["settings"] == _settings(demo) else None
 
 
@@ -169,6 +180,21 @@ def _evaluate(
             continue
         results |= report.evaluate_models({name: model}, data, device=device, progress=say)
         report.write_json(kept, results[name])
+    return results
+
+
+def _evaluate_packaged(demo: Demo, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Evaluate the packaged models, each on fresh images of the set and size it was trained on."""
+    results: dict[str, dict[str, Any]] = {}
+    for name in list_pretrained():
+        card = json.loads((pretrained_folder(name) / "card.json").read_text(encoding="utf-8"))
+        preset, device = card["trained"]["set"], resolve_device(demo.device)
+        model = load_pretrained(name).to(device)
+        set_backend(model, None)
+        size = model.config["image_size"]
+        fresh = demo.out / f"{preset}-{size}.npz"
+        simulate(preset, demo.test_images, seed=FRESH_SEED, size=size, out=fresh)
+        results |= report.evaluate_models({name: model}, load(fresh), device=device, progress=say)
     return results
 
 

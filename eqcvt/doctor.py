@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-REQUIRED = ("torch", "numpy", "safetensors", "huggingface_hub", "kornia", "torchmetrics")
+REQUIRED = ("torch", "numpy", "safetensors", "huggingface_hub", "torchmetrics")
 EXTRAS = {
     "sim": ("caustics",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
@@ -25,15 +25,18 @@ def report() -> dict[str, Any]:
     Returns:
         ``versions`` (package -> version or None), ``extras`` (extra -> what is missing),
         ``devices`` (list of name, kind, memory in bytes, capability), ``threads``, ``variables``
-        (those of ours that are set), ``native`` (see :func:`eqcvt.native.build_info`) and
-        ``backends`` (rows of op, device, backend, available, chosen and the reason against).
+        (those of ours that are set), ``native`` (see :func:`eqcvt.native.build_info`),
+        ``proofs`` (per kind of GPU the file of ``eqcvt tune`` and its state) and ``backends`` (rows
+        of op, device, backend, available, chosen and the reason against).
 
     Raises:
         ImportError: if the compiled extension is there and cannot be loaded.
+        FileNotFoundError: if EQCVT_TUNED names a file that is not there.
+        ValueError: if the file that it names is not one of ``eqcvt tune``.
     """
     import eqcvt
     from eqcvt import native
-    from eqcvt.ops import explain
+    from eqcvt.ops import _proof, explain
 
     packages = (*REQUIRED, *FAST, *(p for group in EXTRAS.values() for p in group))
     versions: dict[str, str | None] = {
@@ -60,6 +63,7 @@ def report() -> dict[str, Any]:
             if name.startswith("EQCVT_") or name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
         },
         "native": native.build_info(),
+        "proofs": _proof.report(),
         "backends": [row._asdict() for row in explain()],
     }
 

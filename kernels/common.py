@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launches
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
 # Programs of a loop over tiles where there is no multiprocessor to count: the interpreter.
@@ -41,22 +43,6 @@ def refusal(x: Tensor) -> str | None:
 def padded(size: int) -> int:
     """Return the power of two, 16 at least, that a tile of ``size`` channels is padded to."""
     return max(16, triton.next_power_of_2(size))
-
-
-def sizes(**values: int) -> dict[str, int]:
-    """Return one entry of a table of launches: tile sizes, warps and stages of a kernel."""
-    return values
-
-
-def config(
-    table: dict[tuple[str, int, str], dict[str, int]], kernel: str, x: Tensor, width: int
-) -> dict[str, int]:
-    """Return how ``kernel`` is launched for activations like ``x`` with ``width`` channels.
-
-    Tables are keyed by kernel, bits of the dtype, and "narrow" (tiles of at most 64 channels) or
-    "wide".
-    """
-    return dict(table[kernel, 8 * x.dtype.itemsize, "narrow" if padded(width) <= 64 else "wide"])
 
 
 def precision(convolution: bool = False) -> str:
@@ -137,14 +123,13 @@ def sum_rows(parts: Tensor, sums: Sequence[Tensor]) -> None:
     absent = SUMS - len(sums)
     ends = [*accumulate(t.numel() for t in sums), *[columns] * absent]
     # Narrow columns keep many programs at work where there are few of them.
-    block = 16 if columns < 2048 else 64
-    _sum_rows_kernel[(triton.cdiv(columns, block),)](
+    launch = launches.find("sum_rows", parts, "few" if columns < 2048 else "many")
+    _sum_rows_kernel[(triton.cdiv(columns, launch["BLOCK_COLUMNS"]),)](
         parts,
         *sums,
         *[sums[0]] * absent,
         *ends[:-1],
         rows,
         columns,
-        BLOCK_ROWS=128,
-        BLOCK_COLUMNS=block,
+        **launch,
     )

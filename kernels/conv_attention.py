@@ -18,6 +18,7 @@ __all__ = ["attend", "attend_backward", "project", "project_backward", "supports
 
 LARGEST_KERNEL = 7
 LARGEST_WIDTH = 128
+LARGEST_TILE = 128
 
 
 def supports(x: Tensor, filters: Tensor, *, heads: int, kv_stride: int) -> str | None:
@@ -29,7 +30,7 @@ def supports(x: Tensor, filters: Tensor, *, heads: int, kv_stride: int) -> str |
         return f"takes 16 to {LARGEST_WIDTH} channels, not {width}"
     if size % 2 == 0 or not 3 <= size <= LARGEST_KERNEL:
         return f"takes odd filters of 3 to {LARGEST_KERNEL} pixels, not {size}"
-    # Offsets inside an image are 32-bit numbers.
-    if heads * x.shape[1] * x.shape[2] * x.shape[3] >= 2**31:
+    # Offsets inside an image, its tokens in whole tiles, are 32-bit numbers.
+    if heads * width * (x.shape[2] * x.shape[3] + LARGEST_TILE) >= 2**31:
         return f"takes fewer than 2 ** 31 values per image, not {list(x.shape[1:])} x {heads} heads"
     return None

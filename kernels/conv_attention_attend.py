@@ -19,19 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dropout as dropout_mask
-from .common import config, padded, precision, sizes
+from . import launches
+from .common import padded, precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Within 2 ** +-60 neither the exponentials nor the sum of 2 ** 60 of them leave fp32's range.
 SAFE_EXPONENT = tl.constexpr(60.0)
-KEY_ROWS = 128
-
-CONFIG = {
-    ("fwd", 16, "narrow"): sizes(BLOCK_N=64, BLOCK_M=64, num_warps=4, num_stages=3),
-    ("fwd", 16, "wide"): sizes(BLOCK_N=64, BLOCK_M=64, num_warps=4, num_stages=2),
-    ("fwd", 32, "narrow"): sizes(BLOCK_N=64, BLOCK_M=32, num_warps=4, num_stages=2),
-    ("fwd", 32, "wide"): sizes(BLOCK_N=32, BLOCK_M=32, num_warps=4, num_stages=2),
-}
 
 
 def tail(tokens: int, block: int) -> int:
@@ -80,7 +75,8 @@ def _conv_attention_keys_kernel(
 def normalised_keys(t: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``t * scale + shift`` ``[B, M, D]`` and the largest norms, ``[B, tiles]``."""
     batch, tokens, width = t.shape
-    blocks = triton.cdiv(tokens, KEY_ROWS)
+    launch = launches.find("conv_attention_keys", t, launches.width_class(width))
+    blocks = triton.cdiv(tokens, launch["BLOCK_M"])
     keys, reach = torch.empty_like(t), scale.new_empty(batch, blocks)
     _conv_attention_keys_kernel[(batch * blocks,)](
         t,
@@ -92,9 +88,38 @@ def normalised_keys(t: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
         blocks,
         D=width,
         BLOCK_D=padded(width),
-        BLOCK_M=KEY_ROWS,
+        **launch,
     )
     return keys, reach
+
+
+@triton.jit
+def head_weight(weight_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return matrix ``h`` of ``[heads, D, D]``, padded with zeros."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    offsets = h * D * D + o_d[:, None] * D + o_d[None, :]
+    return tl.load(weight_ptr + offsets, mask=m_d[:, None] & m_d[None, :], other=0.0)
+
+
+@triton.jit
+def latent_queries(
+    a,
+    wq_ptr,
+    bq_ptr,
+    h,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return a head's queries times log2(e), so that exp2 of a score is what exp was.
+
+    They are rounded once, by this function alone: the log-sum-exp fits the scores of both passes.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    wq = head_weight(wq_ptr, h, D, BLOCK_D).to(a.dtype)
+    bq = tl.load(bq_ptr + h * D + o_d, mask=o_d < D, other=0.0)
+    return ((tl.dot(a, wq, input_precision=PRECISION) + bq[None, :]) * LOG2E).to(a.dtype)
 
 
 @triton.jit
@@ -117,8 +142,8 @@ def _attend_keys(
 ):
     """Add one tile of keys to the running sums of one tile of queries.
 
-    Per score: two products of D, one exponential, one fused multiply-add and one addition; the
-    running maximum (one more operation, and a product per channel and tile) only if not BOUNDED.
+    Per score: two products of D, one exponential and one addition; if not BOUNDED also one for the
+    running maximum and one to subtract it, and a product per channel and tile.
     """
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -130,13 +155,11 @@ def _attend_keys(
     if MASKED:
         s = tl.where((o_m < M)[None, :], s, float("-inf"))
     if BOUNDED:
-        p = tl.exp2(s * LOG2E)
+        p = tl.exp2(s)
     else:
         above = tl.maximum(top, tl.max(s, 1))
-        # A row of -inf only must not subtract -inf from itself: later tiles may hold numbers.
-        base = tl.where(above == float("-inf"), 0.0, above)
-        fade = tl.exp2((top - base) * LOG2E)
-        p = tl.exp2(s * LOG2E - (base * LOG2E)[:, None])
+        fade = tl.exp2(top - above)
+        p = tl.exp2(s - above[:, None])
         total = total * fade
         acc = acc * fade[:, None]
         top = above
@@ -157,6 +180,7 @@ def _attend_row(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
+    WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -164,26 +188,30 @@ def _attend_row(
     """Walk over all keys of an image; return the attended values and the log-sum-exp."""
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    # Not -inf: a row of -inf only must not subtract it from itself, later tiles may hold numbers.
+    top = tl.full([BLOCK_N], LOWEST, tl.float32)
     whole = M // BLOCK_M * BLOCK_M
-    for first in tl.range(0, whole, BLOCK_M):
-        acc, total, top = _attend_keys(
-            acc,
-            total,
-            top,
-            q,
-            k_ptr,
-            v_ptr,
-            first,
-            M,
-            D,
-            BLOCK_D,
-            BLOCK_M,
-            SHARED,
-            False,
-            BOUNDED,
-            PRECISION,
-        )
+    if WHOLE:
+        # A loop that may be left out has the assembler wait for each product before the next.
+        tl.assume(whole > 0)
+        for first in tl.range(0, whole, BLOCK_M):
+            acc, total, top = _attend_keys(
+                acc,
+                total,
+                top,
+                q,
+                k_ptr,
+                v_ptr,
+                first,
+                M,
+                D,
+                BLOCK_D,
+                BLOCK_M,
+                SHARED,
+                False,
+                BOUNDED,
+                PRECISION,
+            )
     if TAIL_M > 0:
         acc, total, top = _attend_keys(
             acc,
@@ -204,7 +232,7 @@ def _attend_row(
         )
     lse = tl.log(total)
     if not BOUNDED:
-        lse += tl.where(top == float("-inf"), 0.0, top)
+        lse += top * LN2
     return acc / total[:, None], lse
 
 
@@ -222,6 +250,7 @@ def _conv_attention_attend_fwd_kernel(
     wo_ptr,
     bo_ptr,
     seed_ptr,
+    bound_ptr,
     y_ptr,
     o_ptr,
     lse_ptr,
@@ -235,6 +264,7 @@ def _conv_attention_attend_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
+    WHOLE: tl.constexpr,
     REACHES: tl.constexpr,
     BLOCK_REACHES: tl.constexpr,
     SHARED: tl.constexpr,
@@ -259,7 +289,9 @@ def _conv_attention_attend_fwd_kernel(
 
     The running maximum is left out where ``|q| max|b'|`` shows that no score can leave +-60 in
     powers of two: exponentials and their sum then stay in fp32's range as they are. fp16 keeps the
-    maximum, its probabilities would not fit. Statistics and accumulators are fp32, summed in the
+    maximum, its probabilities would not fit. ``bound`` ``[programs, h]`` takes that product to
+    memory and back, for the assembler to know that all threads branch alike: else it keeps the
+    counters of both loops in each thread. Statistics and accumulators are fp32, summed in the
     order of the keys.
     """
     tiles = tl.cdiv(N, BLOCK_N)
@@ -269,8 +301,6 @@ def _conv_attention_attend_fwd_kernel(
     m_n = o_n < N
     m_d = o_d < D
     mask = m_n[:, None] & m_d[None, :]
-    m_w = m_d[:, None] & m_d[None, :]
-    o_w = o_d[:, None] * D + o_d[None, :]
     # 64-bit offsets for the image, 32-bit ones inside it.
     a_ptr += i_b * N * D
     k_ptr += i_b * M * D
@@ -284,19 +314,22 @@ def _conv_attention_attend_fwd_kernel(
     a = (a * scale[None, :] + shift[None, :]).to(dtype)  # [BLOCK_N, BLOCK_D]
     o_r = tl.arange(0, BLOCK_REACHES)
     reach = tl.load(reach_ptr + i_b * REACHES + o_r, mask=o_r < REACHES, other=0.0)
-    limit = SAFE_EXPONENT / LOG2E / tl.max(reach, 0)
+    reach = tl.max(reach, 0)
+    bound_ptr += tl.program_id(0) * HEADS
 
     t = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     # Hoisting what does not depend on the head out of this loop would cost 70 registers a thread,
     # and with them half the programs of a multiprocessor.
     for h in tl.range(0, HEADS, num_stages=1, disable_licm=True):
-        wq = tl.load(wq_ptr + h * D * D + o_w, mask=m_w, other=0.0).to(dtype)
-        bq = tl.load(bq_ptr + h * D + o_d, mask=m_d, other=0.0)
-        q = (tl.dot(a, wq, input_precision=PRECISION) + bq[None, :]).to(dtype)
+        q = latent_queries(a, wq_ptr, bq_ptr, h, D, BLOCK_D, PRECISION)
         if MAY_BOUND:
             wide = q.to(tl.float32)
-            # False where the bound is NaN or infinite.
-            if tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)) < limit:
+            square = tl.sum(wide * wide, 1)
+            square = tl.where(square == square, square, float("inf"))
+            tl.store(bound_ptr + h, tl.sqrt(tl.max(square, 0)) * reach)
+            tl.debug_barrier()
+            # False where it is infinite, or NaN.
+            if tl.load(bound_ptr + h) < SAFE_EXPONENT:
                 o, lse = _attend_row(
                     q,
                     k_ptr,
@@ -307,6 +340,7 @@ def _conv_attention_attend_fwd_kernel(
                     BLOCK_N,
                     BLOCK_M,
                     TAIL_M,
+                    WHOLE,
                     SHARED,
                     True,
                     PRECISION,
@@ -322,20 +356,33 @@ def _conv_attention_attend_fwd_kernel(
                     BLOCK_N,
                     BLOCK_M,
                     TAIL_M,
+                    WHOLE,
                     SHARED,
                     False,
                     PRECISION,
                 )
         else:
             o, lse = _attend_row(
-                q, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M, SHARED, False, PRECISION
+                q,
+                k_ptr,
+                v_ptr,
+                M,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                BLOCK_M,
+                TAIL_M,
+                WHOLE,
+                SHARED,
+                False,
+                PRECISION,
             )
         o = o.to(dtype)
         if SAVE:
             o_offsets = o_n[:, None] * (HEADS * D) + o_d[None, :]
             tl.store(o_ptr + (i_b * N * HEADS + h) * D + o_offsets, o, mask=mask)
             tl.store(lse_ptr + (i_b * HEADS + h) * N + o_n, lse, mask=m_n)
-        wo = tl.load(wo_ptr + h * D * D + o_w, mask=m_w, other=0.0).to(dtype)
+        wo = head_weight(wo_ptr, h, D, BLOCK_D).to(dtype)
         t = tl.dot(o, wo, t, input_precision=PRECISION)
 
     t += tl.load(bo_ptr + o_d, mask=m_d, other=0.0)[None, :]
@@ -397,8 +444,9 @@ def attend(
     v = k if c is None else normalised_keys(c.contiguous(), scale[2], shift[2])[0]
     residual = residual if residual is None else residual.contiguous()
     block = padded(width)
-    launch = config(CONFIG, "fwd", a, width)
-    _conv_attention_attend_fwd_kernel[(batch * triton.cdiv(queries, launch["BLOCK_N"]),)](
+    launch = launches.find("conv_attention_attend_fwd", a, launches.width_class(width))
+    programs = batch * triton.cdiv(queries, launch["BLOCK_N"])
+    _conv_attention_attend_fwd_kernel[(programs,)](
         a,
         k,
         v,
@@ -411,6 +459,7 @@ def attend(
         wo,
         bo,
         seed,
+        scale.new_empty(programs, heads),
         y,
         o,
         lse,
@@ -421,6 +470,7 @@ def attend(
         D=width,
         BLOCK_D=block,
         TAIL_M=tail(keys, launch["BLOCK_M"]),
+        WHOLE=keys >= launch["BLOCK_M"],
         REACHES=reach.shape[1],
         BLOCK_REACHES=triton.next_power_of_2(reach.shape[1]),
         SHARED=c is None,

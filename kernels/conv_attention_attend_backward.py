@@ -24,20 +24,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dropout as dropout_mask
-from .common import config, padded, precision, sizes, sum_rows
-from .conv_attention_attend import LOG2E, normalised_keys, tail
+from . import launches
+from .common import padded, precision, sum_rows
+from .conv_attention_attend import (
+    LN2,
+    LOG2E,
+    head_weight,
+    latent_queries,
+    normalised_keys,
+    tail,
+)
 from .conv_attention_weights import weight_gradients
-
-CONFIG = {
-    ("queries", 16, "narrow"): sizes(BLOCK_N=64, BLOCK_M=64, num_warps=4, num_stages=3),
-    ("queries", 16, "wide"): sizes(BLOCK_N=64, BLOCK_M=32, num_warps=4, num_stages=2),
-    ("queries", 32, "narrow"): sizes(BLOCK_N=32, BLOCK_M=32, num_warps=4, num_stages=2),
-    ("queries", 32, "wide"): sizes(BLOCK_N=32, BLOCK_M=16, num_warps=4, num_stages=2),
-    ("keys", 16, "narrow"): sizes(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3),
-    ("keys", 16, "wide"): sizes(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-    ("keys", 32, "narrow"): sizes(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
-    ("keys", 32, "wide"): sizes(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2),
-}
 
 
 @triton.jit
@@ -70,7 +67,7 @@ def _query_gradient(
     k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    p = tl.exp2(s * LOG2E - lse2[:, None])
+    p = tl.exp2(s - lse2[:, None])
     if MASKED:
         p = tl.where((o_m < M)[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -94,11 +91,13 @@ def _conv_attention_attend_bwd_queries_kernel(
     lse_ptr,
     q_ptr,
     do_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_ptr,
     threshold,
     factor,
     N,
+    ROWS,
     M,
     HEADS,
     D: tl.constexpr,
@@ -106,11 +105,12 @@ def _conv_attention_attend_bwd_queries_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
+    WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write ``dq``, and the ``q``, ``do`` and ``delta`` that the next kernel needs.
+    """Write ``dq``, and what the next kernel needs: ``q``, ``do``, ``lse2`` and ``delta``.
 
     One program owns BLOCK_N queries of one head of one image::
 
@@ -118,11 +118,14 @@ def _conv_attention_attend_bwd_queries_kernel(
         queries       scores -> exp2 -> ds -> dq += ds b'
         BLOCK_N
 
-    Per score: 6 D operations on the tensor cores and one exponential; 0.33 ms and 0.38 ms for
-    1.37e9 scores at D = 32 (batch 128, H100). Bytes: 6 D numbers per query and head (dy and a, from
-    L2 for all but one head, o; q, do, dq). Accumulates in fp32, keys in order.
+    The last four have ROWS queries, whole tiles of both kernels; those beyond N count for nothing.
+    ``q`` and ``lse2`` are in units of log 2, and ``delta`` is times ln 2, so that the next kernel
+    makes of them, in no more operations, the gradient for this ``q``. Per score: 6 D operations on
+    the tensor cores and one exponential; 0.33 ms and 0.38 ms for 1.37e9 scores at D = 32 (batch
+    128, H100). Bytes: 6 D numbers per query and head (dy and a, from L2 for all but one head, o; q,
+    do, dq). Accumulates in fp32, keys in order.
     """
-    tiles = tl.cdiv(N, BLOCK_N)
+    tiles = ROWS // BLOCK_N
     i_h = tl.program_id(0) // tiles % HEADS
     i_b = (tl.program_id(0) // tiles // HEADS).to(tl.int64)
     o_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -130,58 +133,58 @@ def _conv_attention_attend_bwd_queries_kernel(
     m_n = o_n < N
     m_d = o_d < D
     mask = m_n[:, None] & m_d[None, :]
-    m_w = m_d[:, None] & m_d[None, :]
-    o_w = i_h * D * D + o_d[:, None] * D + o_d[None, :]
     offsets = o_n[:, None] * D + o_d[None, :]
     head_offsets = (o_n[:, None] * HEADS + i_h) * D + o_d[None, :]
-    rows = (i_b * HEADS + i_h) * N
+    rows = (i_b * HEADS + i_h) * ROWS
     dtype = q_ptr.dtype.element_ty
 
     scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0)
     shift = tl.load(shift_ptr + o_d, mask=m_d, other=0.0)
     a = tl.load(a_ptr + i_b * N * D + offsets, mask=mask, other=0.0).to(tl.float32)
     a = (a * scale[None, :] + shift[None, :]).to(dtype)  # [BLOCK_N, BLOCK_D]
-    wq = tl.load(wq_ptr + o_w, mask=m_w, other=0.0).to(dtype)
-    bq = tl.load(bq_ptr + i_h * D + o_d, mask=m_d, other=0.0)
-    q = (tl.dot(a, wq, input_precision=PRECISION) + bq[None, :]).to(dtype)
-    tl.store(q_ptr + rows * D + offsets, q, mask=mask)
+    q = latent_queries(a, wq_ptr, bq_ptr, i_h, D, BLOCK_D, PRECISION)
+    tl.store(q_ptr + rows * D + offsets, q, mask=m_d[None, :])
     t = tl.load(dy_ptr + i_b * N * D + offsets, mask=mask, other=0.0)
     if HAS_DROPOUT:
         keep = dropout_mask.keep_factor(
             tl.load(seed_ptr), i_b * N + o_n, threshold, factor, 0, D, BLOCK_D, 0
         )
         t = (t.to(tl.float32) * keep).to(dtype)
-    wo = tl.load(wo_ptr + o_w, mask=m_w, other=0.0).to(dtype)
+    wo = head_weight(wo_ptr, i_h, D, BLOCK_D).to(dtype)
     do = tl.dot(t, tl.trans(wo), input_precision=PRECISION).to(dtype)
-    tl.store(do_ptr + rows * D + offsets, do, mask=mask)
+    tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
     o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_ptr + rows + o_n, delta, mask=m_n)
-    # Rows beyond the last count for nothing: exp2(-inf) is 0 whatever their scores.
-    lse2 = tl.load(lse_ptr + rows + o_n, mask=m_n, other=float("inf")) * LOG2E
+    tl.store(delta_ptr + rows + o_n, delta * LN2)
+    # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
+    lse = tl.load(lse_ptr + (i_b * HEADS + i_h) * N + o_n, mask=m_n, other=float("inf"))
+    lse2 = lse * LOG2E
+    tl.store(lse2_ptr + rows + o_n, lse2)
 
     k_ptr += i_b * M * D
     v_ptr += i_b * M * D
     dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     whole = M // BLOCK_M * BLOCK_M
-    for first in tl.range(0, whole, BLOCK_M):
-        dq = _query_gradient(
-            dq,
-            q,
-            do,
-            lse2,
-            delta,
-            k_ptr,
-            v_ptr,
-            first,
-            M,
-            D,
-            BLOCK_D,
-            BLOCK_M,
-            SHARED,
-            False,
-            PRECISION,
-        )
+    if WHOLE:
+        tl.assume(whole > 0)
+        for first in tl.range(0, whole, BLOCK_M):
+            dq = _query_gradient(
+                dq,
+                q,
+                do,
+                lse2,
+                delta,
+                k_ptr,
+                v_ptr,
+                first,
+                M,
+                D,
+                BLOCK_D,
+                BLOCK_M,
+                SHARED,
+                False,
+                PRECISION,
+            )
     if TAIL_M > 0:
         dq = _query_gradient(
             dq,
@@ -207,11 +210,12 @@ def _conv_attention_attend_bwd_queries_kernel(
 def _conv_attention_attend_bwd_keys_kernel(
     b_ptr,
     c_ptr,
+    k_ptr,
+    v_ptr,
     scale_ptr,
-    shift_ptr,
     q_ptr,
     do_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     db_ptr,
     dc_ptr,
@@ -227,8 +231,8 @@ def _conv_attention_attend_bwd_keys_kernel(
 ):
     """Write ``db`` and ``dc``, and this program's share of their scales' and shifts' gradients.
 
-    One program owns BLOCK_M keys of one image, and walks over its ROWS = h N queries of all heads
-    as over one list, for keys are the same in all heads::
+    One program owns BLOCK_M keys of one image, and walks over its ROWS queries of all heads, whole
+    tiles, as over one list, for keys are the same in all heads::
 
                   queries of head 0, then head 1, ...: BLOCK_N at a time ->
         keys      scores^T -> exp2 -> dv += p^T do
@@ -243,48 +247,38 @@ def _conv_attention_attend_bwd_keys_kernel(
     blocks = tl.cdiv(M, BLOCK_M)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     mask = (o_m < M)[:, None] & m_d[None, :]
     offsets = i_b * M * D + o_m[:, None] * D + o_d[None, :]
     dtype = db_ptr.dtype.element_ty
-    scale = tl.load(scale_ptr + D + o_d, mask=m_d, other=0.0)
-    shift = tl.load(shift_ptr + D + o_d, mask=m_d, other=0.0)
-    b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    k = (b * scale[None, :] + shift[None, :]).to(dtype)  # [BLOCK_M, BLOCK_D]
-    if SHARED:
-        v = k
-    else:
-        vscale = tl.load(scale_ptr + 2 * D + o_d, mask=m_d, other=0.0)
-        vshift = tl.load(shift_ptr + 2 * D + o_d, mask=m_d, other=0.0)
-        c = tl.load(c_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        v = (c * vscale[None, :] + vshift[None, :]).to(dtype)
+    k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
+    o_q = o_n[:, None] * D + o_d[None, :]
     q_ptr += i_b * ROWS * D
     do_ptr += i_b * ROWS * D
-    lse_ptr += i_b * ROWS
+    lse2_ptr += i_b * ROWS
     delta_ptr += i_b * ROWS
 
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for row in tl.range(0, ROWS, BLOCK_N, disable_licm=True):
-        o_n = row + tl.arange(0, BLOCK_N)
-        m_n = o_n < ROWS
-        m_q = m_n[:, None] & m_d[None, :]
-        o_q = o_n[:, None] * D + o_d[None, :]
-        q = tl.load(q_ptr + o_q, mask=m_q, other=0.0)  # [BLOCK_N, BLOCK_D]
-        do = tl.load(do_ptr + o_q, mask=m_q, other=0.0)
-        lse = tl.load(lse_ptr + o_n, mask=m_n, other=float("inf"))
-        delta = tl.load(delta_ptr + o_n, mask=m_n, other=0.0)
+    tl.assume(ROWS > 0)
+    for row in tl.range(0, ROWS, BLOCK_N):
+        q = tl.load(q_ptr + row * D + o_q, mask=m_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+        do = tl.load(do_ptr + row * D + o_q, mask=m_d[None, :], other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(s * LOG2E - (lse * LOG2E)[None, :])
+        # What belongs to a query is in as many registers as a quarter of its tile: one at a time.
+        p = tl.exp2(s - tl.load(lse2_ptr + row + o_n)[None, :])
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
+        ds = p * (dp * LN2 - tl.load(delta_ptr + row + o_n)[None, :])
         if SHARED:
             dk = tl.dot(p.to(dtype), do, dk, input_precision=PRECISION)
         else:
             dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
 
+    scale = tl.load(scale_ptr + D + o_d, mask=m_d, other=0.0)
     tl.store(db_ptr + offsets, (dk * scale[None, :]).to(dtype), mask=mask)
     PARTS: tl.constexpr = 2 if SHARED else 4
     parts_ptr += tl.program_id(0).to(tl.int64) * PARTS * D + o_d
@@ -343,8 +337,16 @@ def attend_backward(
     shared = dc.numel() == 0
     k, _ = normalised_keys(b, scale[1], shift[1])
     v = k if shared else normalised_keys(c, scale[2], shift[2])[0]
-    q, do, dq = a.new_empty(3, batch, heads, queries, width)
-    delta = torch.empty_like(lse)
+    shape = launches.width_class(width)
+    own, following = (
+        launches.find(f"conv_attention_attend_bwd_{kernel}", a, shape)
+        for kernel in ("queries", "keys")
+    )
+    tile = max(own["BLOCK_N"], following["BLOCK_N"])
+    rows = triton.cdiv(queries, tile) * tile
+    q, do = a.new_empty(2, batch, heads, rows, width)
+    lse2, delta = lse.new_empty(2, batch, heads, rows)
+    dq = torch.empty_like(o)
     common = {
         "D": width,
         "BLOCK_D": padded(width),
@@ -352,10 +354,7 @@ def attend_backward(
         "PRECISION": precision(),
     }
 
-    launch = config(CONFIG, "queries", a, width)
-    _conv_attention_attend_bwd_queries_kernel[
-        (batch * heads * triton.cdiv(queries, launch["BLOCK_N"]),)
-    ](
+    _conv_attention_attend_bwd_queries_kernel[(batch * heads * rows // own["BLOCK_N"],)](
         dy,
         a,
         k,
@@ -370,36 +369,39 @@ def attend_backward(
         lse,
         q,
         do,
+        lse2,
         delta,
         dq,
         *dropout_mask.arguments(dropout),
         queries,
+        rows,
         keys,
         heads,
-        TAIL_M=tail(keys, launch["BLOCK_M"]),
+        TAIL_M=tail(keys, own["BLOCK_M"]),
+        WHOLE=keys >= own["BLOCK_M"],
         HAS_DROPOUT=dropout > 0,
         **common,
-        **launch,
+        **own,
     )
-    launch = config(CONFIG, "keys", a, width)
-    count = batch * triton.cdiv(keys, launch["BLOCK_M"])
+    count = batch * triton.cdiv(keys, following["BLOCK_M"])
     key_parts = wq.new_empty(count, (2 if shared else 4) * width)
     _conv_attention_attend_bwd_keys_kernel[(count,)](
         b,
         c,
+        k,
+        v,
         scale,
-        shift,
         q,
         do,
-        lse,
+        lse2,
         delta,
         db,
         dc,
         key_parts,
-        heads * queries,
+        heads * rows,
         keys,
         **common,
-        **launch,
+        **following,
     )
     dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
     sum_rows(key_parts, [t[i] for i in range(1, scale.shape[0]) for t in (dscale, dshift)])

@@ -14,12 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launches
 from .common import padded
-
-# By the width of a tile's channels: how many tokens it has, so that it fits in registers.
-TOKENS = {16: 128, 32: 128, 64: 64, 128: 32}
-MOMENT_ROWS = 256
-MOMENT_COLUMNS = 8
 
 
 @triton.jit
@@ -271,7 +267,8 @@ def project(
     mean, variance = q.new_empty(shape), q.new_empty(shape)
     if batch == 0:
         return a, b, c, mean.zero_(), variance.zero_()
-    block = TOKENS[padded(width)]
+    launch = launches.find("conv_attention_project_fwd", x, launches.width_class(width))
+    block = launch["BLOCK_T"]
     q_tiles, k_tiles = triton.cdiv(queries, block), triton.cdiv(keys, block)
     tiles = q_tiles + (projections - 1) * k_tiles
     parts = q.new_empty(batch * tiles, 2, width) if moments else mean
@@ -296,12 +293,12 @@ def project(
         SIZE=q.shape[-1],
         D=width,
         BLOCK_D=padded(width),
-        BLOCK_T=block,
         MOMENTS=moments,
-        num_warps=8,
+        **launch,
     )
     if moments:
-        _conv_attention_moments_kernel[(projections, triton.cdiv(width, MOMENT_COLUMNS))](
+        launch = launches.find("conv_attention_moments", parts)
+        _conv_attention_moments_kernel[(projections, triton.cdiv(width, launch["BLOCK_C"]))](
             parts,
             mean,
             variance,
@@ -313,7 +310,6 @@ def project(
             keys,
             D=width,
             BLOCK_T=block,
-            BLOCK_ROWS=MOMENT_ROWS,
-            BLOCK_C=MOMENT_COLUMNS,
+            **launch,
         )
     return a, b, c, mean, variance

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launches
 from .common import padded, sum_rows
-from .conv_attention_project import TOKENS, addressable, strided
+from .conv_attention_project import addressable, strided
 
 
 @triton.jit
@@ -36,7 +37,6 @@ def _add_tap(
     dmean,
     dvariance,
     tap,
-    STRIDE: tl.constexpr,
     TAPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -44,14 +44,12 @@ def _add_tap(
 ):
     """Add what one tap of one projection gives to ``dx``; write this tile's share of its filters.
 
-    ``row`` and ``column`` are the tokens' places times STRIDE.
+    ``row`` and ``column`` are the places of the tokens, which need not be inside.
     """
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    inside = (row >= 0) & (row < OH * STRIDE) & (column >= 0) & (column < OW * STRIDE)
-    inside &= (row % STRIDE == 0) & (column % STRIDE == 0)
-    mask &= inside[:, None]
-    offsets = (row // STRIDE * OW + column // STRIDE)[:, None] * D + o_d[None, :]
+    mask &= ((row >= 0) & (row < OH) & (column >= 0) & (column < OW))[:, None]
+    offsets = (row * OW + column)[:, None] * D + o_d[None, :]
     g = tl.load(dt_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if MOMENTS:
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -59,6 +57,65 @@ def _add_tap(
     weight = tl.load(filters_ptr + o_d * TAPS + tap, mask=m_d, other=0.0)
     tl.store(parts_ptr + o_d * TAPS + tap, tl.sum(g * x, 0), mask=m_d)
     return dx + g * weight[None, :]
+
+
+@triton.jit
+def _add_strided_taps(
+    dx,
+    x,
+    dt_ptr,
+    t_ptr,
+    filters_ptr,
+    parts_ptr,
+    row,
+    column,
+    top,
+    left,
+    OH,
+    OW,
+    mask,
+    mean,
+    dmean,
+    dvariance,
+    STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """Add what all taps of one projection give to ``dx`` at pixels of one residue."""
+    TAPS: tl.constexpr = SIZE * SIZE
+    o_d = tl.arange(0, BLOCK_D)
+    for tap in range(TAPS):
+        i = SIZE // 2 - tap // SIZE
+        j = SIZE // 2 - tap % SIZE
+        # The remainder of what may be negative, whose sign differs between C and Python.
+        if ((top + i + SIZE * STRIDE) % STRIDE == 0) & ((left + j + SIZE * STRIDE) % STRIDE == 0):
+            dx = _add_tap(
+                dx,
+                x,
+                dt_ptr,
+                t_ptr,
+                filters_ptr,
+                parts_ptr,
+                (row + i + SIZE * STRIDE) // STRIDE - SIZE,
+                (column + j + SIZE * STRIDE) // STRIDE - SIZE,
+                OH,
+                OW,
+                mask,
+                mean,
+                dmean,
+                dvariance,
+                tap,
+                TAPS,
+                D,
+                BLOCK_D,
+                MOMENTS,
+            )
+        else:
+            zero = tl.zeros([BLOCK_D], tl.float32)
+            tl.store(parts_ptr + o_d * TAPS + tap, zero, mask=o_d < D)
+    return dx
 
 
 @triton.jit
@@ -113,8 +170,9 @@ def _conv_attention_project_bwd_kernel(
 ):
     """Write ``dx`` at BLOCK_T pixels of one image, and this tile's share of all filters' gradients.
 
-    One program owns BLOCK_T pixels and all channels; it reads ``x`` there once, and for each tap
-    the gradients of the tokens that saw these pixels through it::
+    One program owns BLOCK_T pixels of one residue (y mod STRIDE, x mod STRIDE) and all channels; it
+    reads ``x`` there once, and for each tap the gradients of the tokens that saw these pixels
+    through it; through most taps of keys and values none did, the same for all of the program::
 
         pixels    for each tap (i, j) of q, k, v:  g = total gradient at token (pixel - tap) / s
         BLOCK_T       dx += g w[tap],   dw[tap] += sum over pixels of g x
@@ -124,13 +182,19 @@ def _conv_attention_project_bwd_kernel(
     after the first finds them in L1. 2 multiplications and a share of a tree sum per tap and
     number. ``parts`` is ``[programs, 2 or 3, D, SIZE ** 2]``. Accumulates in fp32, taps in order.
     """
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    residue = tl.program_id(0) % (STRIDE * STRIDE)
+    tile = tl.program_id(0) // (STRIDE * STRIDE) % tiles
+    i_b = (tl.program_id(0) // (STRIDE * STRIDE) // tiles).to(tl.int64)
+    top = residue // STRIDE
+    left = residue % STRIDE
+    # An image narrower than the stride leaves some residues without pixels.
+    columns = tl.maximum(tl.cdiv(W - left, STRIDE), 1)
+    o_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    mask = (o_t < H * W)[:, None] & m_d[None, :]
-    row = o_t // W
-    column = o_t % W
+    row = o_t // columns * STRIDE + top
+    column = o_t % columns * STRIDE + left
+    mask = ((row < H) & (column < W))[:, None] & m_d[None, :]
     TAPS: tl.constexpr = SIZE * SIZE
     PARTS: tl.constexpr = (3 if HAS_V else 2) * D * TAPS
     parts_ptr += tl.program_id(0).to(tl.int64) * PARTS
@@ -162,7 +226,6 @@ def _conv_attention_project_bwd_kernel(
             dmean,
             dvariance,
             tap,
-            1,
             TAPS,
             D,
             BLOCK_D,
@@ -171,57 +234,57 @@ def _conv_attention_project_bwd_kernel(
     mean, dmean, dvariance = _load_moments(
         mean_ptr, dmean_ptr, dvariance_ptr, 1, k_count, o_d, m_d, MOMENTS, D
     )
-    for tap in range(TAPS):
-        dx = _add_tap(
+    dx = _add_strided_taps(
+        dx,
+        x,
+        db_ptr + keys,
+        b_ptr + keys,
+        k_ptr,
+        parts_ptr + D * TAPS,
+        row,
+        column,
+        top,
+        left,
+        OH,
+        OW,
+        mask,
+        mean,
+        dmean,
+        dvariance,
+        STRIDE,
+        SIZE,
+        D,
+        BLOCK_D,
+        MOMENTS,
+    )
+    if HAS_V:
+        mean, dmean, dvariance = _load_moments(
+            mean_ptr, dmean_ptr, dvariance_ptr, 2, k_count, o_d, m_d, MOMENTS, D
+        )
+        dx = _add_strided_taps(
             dx,
             x,
-            db_ptr + keys,
-            b_ptr + keys,
-            k_ptr,
-            parts_ptr + D * TAPS,
-            row + SIZE // 2 - tap // SIZE,
-            column + SIZE // 2 - tap % SIZE,
+            dc_ptr + keys,
+            c_ptr + keys,
+            v_ptr,
+            parts_ptr + 2 * D * TAPS,
+            row,
+            column,
+            top,
+            left,
             OH,
             OW,
             mask,
             mean,
             dmean,
             dvariance,
-            tap,
             STRIDE,
-            TAPS,
+            SIZE,
             D,
             BLOCK_D,
             MOMENTS,
         )
-    if HAS_V:
-        mean, dmean, dvariance = _load_moments(
-            mean_ptr, dmean_ptr, dvariance_ptr, 2, k_count, o_d, m_d, MOMENTS, D
-        )
-        for tap in range(TAPS):
-            dx = _add_tap(
-                dx,
-                x,
-                dc_ptr + keys,
-                c_ptr + keys,
-                v_ptr,
-                parts_ptr + 2 * D * TAPS,
-                row + SIZE // 2 - tap // SIZE,
-                column + SIZE // 2 - tap % SIZE,
-                OH,
-                OW,
-                mask,
-                mean,
-                dmean,
-                dvariance,
-                tap,
-                STRIDE,
-                TAPS,
-                D,
-                BLOCK_D,
-                MOMENTS,
-            )
-    offsets = o_t[:, None] * D + o_d[None, :]
+    offsets = (row * W + column)[:, None] * D + o_d[None, :]
     tl.store(dx_ptr + queries + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -262,11 +325,12 @@ def project_backward(
         return dx, dq.zero_(), dk.zero_(), dv.zero_()
     da, db, a, b = da.contiguous(), db.contiguous(), a.contiguous(), b.contiguous()
     moments = dmean is not None
-    block = TOKENS[padded(width)]
-    tiles = triton.cdiv(height * breadth, block)
+    launch = launches.find("conv_attention_project_bwd", x, launches.width_class(width))
     rows, columns = strided(height, kv_stride), strided(breadth, kv_stride)
-    parts = q.new_empty(batch * tiles, (2 if v is None else 3) * q.numel())
-    _conv_attention_project_bwd_kernel[(batch * tiles,)](
+    tiles = triton.cdiv(rows * columns, launch["BLOCK_T"])
+    programs = batch * tiles * kv_stride**2
+    parts = q.new_empty(programs, (2 if v is None else 3) * q.numel())
+    _conv_attention_project_bwd_kernel[(programs,)](
         da,
         db,
         db if v is None else dc.contiguous(),
@@ -294,10 +358,9 @@ def project_backward(
         SIZE=q.shape[-1],
         D=width,
         BLOCK_D=padded(width),
-        BLOCK_T=block,
         HAS_V=v is not None,
         MOMENTS=moments,
-        num_warps=8,
+        **launch,
     )
     sum_rows(parts, (dq, dk) if v is None else (dq, dk, dv))
     return dx, dq, dk, dv

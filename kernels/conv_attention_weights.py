@@ -12,16 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dropout as dropout_mask
-from .common import add_part, config, padded, precision, programs, sizes, sum_rows
-
-CONFIG = {
-    ("weights", 16, "narrow"): sizes(BLOCK_N=64, BLOCK_C=128, num_warps=4, num_stages=1),
-    ("weights", 16, "wide"): sizes(BLOCK_N=64, BLOCK_C=64, num_warps=8, num_stages=1),
-    ("weights", 32, "narrow"): sizes(BLOCK_N=32, BLOCK_C=32, num_warps=8, num_stages=1),
-    ("weights", 32, "wide"): sizes(BLOCK_N=32, BLOCK_C=32, num_warps=8, num_stages=1),
-}
-# Programs of this kernel for each multiprocessor.
-RESIDENT = 2
+from . import launches
+from .common import add_part, padded, precision, programs, sum_rows
 
 
 @triton.jit
@@ -158,10 +150,10 @@ def weight_gradients(
     batch, queries, width = a.shape
     columns = wq.shape[0] * width
     da = torch.empty_like(a)
-    launch = config(CONFIG, "weights", a, width)
+    launch = launches.find("conv_attention_weights_bwd", a, launches.width_class(width))
     launch["BLOCK_C"] = min(launch["BLOCK_C"], padded(columns))
     tiles = triton.cdiv(batch * queries, launch["BLOCK_N"])
-    count = programs(a, RESIDENT, tiles)
+    count = programs(a, launch.pop("RESIDENT"), tiles)
     parts = wq.new_empty(count, columns * (2 * width + 1) + 3 * width)
     _conv_attention_weights_bwd_kernel[(count,)](
         dy,

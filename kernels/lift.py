@@ -15,9 +15,10 @@ holds ``TY`` image rows as well::
 
 At the model's sizes (F G = 40, k = 7) ``TY`` is 3: 120 or 123 of 128 rows are used, 252 of 256 taps
 (C = 3) or 63 of 64 (C = 1), and a patch is loaded once for three image rows. The zeros in the
-shifted bank cost 2/9 of the product; with them a tile does 45 GFLOP at batch 128 and C = 3, where
+shifted bank cost 2/9 of the product; with them a pass does 45 GFLOP at batch 128 and C = 3, where
 64 rows and 196 taps padded to 256 would do 67. ``plan`` picks ``TY`` by that count. Zero times NaN
-is NaN, so images with something not finite in them, which the copy marks, take a slower exact way.
+is NaN, so tiles with something not finite under them, which the copy marks, are made a second time,
+one image row after the other.
 
 **What goes through memory.** ``u`` is never kept. The blur needs neighbours, which a matrix tile
 cannot give cheaply: its rectified values are written once (160 MB in 16 bits at batch 128), and a
@@ -40,7 +41,7 @@ from .common import refusal
 from .lift_blur import blur_and_pool, unblur
 from .lift_conv import AFFINE, GRADIENT, RAW, RELU, input_gradient_of, values
 from .lift_sums import Sums
-from .lift_tile import packed_bank, padded_image, parts, plan, sizes
+from .lift_tile import factors, parts, plan, sizes
 
 
 def supports(
@@ -102,7 +103,7 @@ def moments(
         the taps do not fit one tile).
     """
     s = sizes(x, bank, stride, padding)
-    p = plan(s, s.fields * s.order + correlate)
+    p = plan(x, s, s.fields * s.order + correlate)
     mean, variance = bank.new_empty(s.fields), bank.new_empty(s.fields)
     ux, ones = bank.new_empty(bank.shape if correlate else 0), bank.new_empty(0)
     if correlate:
@@ -110,14 +111,11 @@ def moments(
     if s.batch == 0:
         return mean.zero_(), variance.zero_(), ux.zero_(), ones.zero_()
     sums = Sums(x, s, p, correlate)
-    filters = packed_bank(bank, x.dtype, s, p)
     for part in parts(x, s):
-        image, bad = padded_image(part, mask, s)
-        u = None if p.single else values(RAW, image, bad, bank, None, None, None, s)
-        sums.add(image, filters, u, None, moments=True)
-    sums.combine(mean, variance)
-    if correlate:
-        sums.fold(ux, ones)
+        f = factors(part, mask, bank, s, p if p.single else plan(x, s, s.fields * s.order))
+        u = None if p.single else values(RAW, f, None, None, None, s)
+        sums.add(f, u, None, moments=True)
+    sums.finish(mean, variance, ux, ones if correlate else None)
     return mean, variance, ux, ones
 
 
@@ -143,10 +141,10 @@ def moments_input(
         padding: zeros on each side of ``x``.
     """
     s = sizes(x, bank, stride, padding)
+    p = plan(x, s, s.fields * s.order)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for part, out in zip(parts(x, s), parts(dx, s), strict=True):
-        image, bad = padded_image(part, mask, s)
-        value = values(AFFINE, image, bad, bank, c2, c1, None, s)
+        value = values(AFFINE, factors(part, mask, bank, s, p), c2, c1, None, s)
         input_gradient_of(value, bank, None, mask, out, s)
     return dx
 
@@ -183,6 +181,7 @@ def apply(
         ``[B, F, G, H3, W3]`` and an empty ``arg``.
     """
     s = sizes(x, bank, stride, padding)
+    p = plan(x, s, s.fields * s.order)
     taps = 1 if blur is None else blur.numel()
     h3, w3 = ((n - taps) // blur_stride + 1 for n in (s.h1, s.w1))
     shape = (s.batch, s.fields) if pool else (s.batch, s.fields, s.order)
@@ -190,8 +189,7 @@ def apply(
     arg = torch.empty(y.shape if pool else 0, dtype=torch.uint8, device=x.device)
     args = parts(arg, s) if pool else [arg] * s.batch
     for part, out, winner in zip(parts(x, s), parts(y, s), args, strict=False):
-        image, bad = padded_image(part, mask, s)
-        v = values(RELU, image, bad, bank, scale, shift, None, s)
+        v = values(RELU, factors(part, mask, bank, s, p), scale, shift, None, s)
         blur_and_pool(v, blur, out, winner, stride=blur_stride, pool=pool, s=s)
     return y, arg
 
@@ -236,28 +234,26 @@ def apply_backward(
         ``dbank``, ``dscale``, ``dshift`` float32 and ``dx`` as ``x``, or empty.
     """
     s = sizes(x, bank, stride, padding)
-    p = plan(s, s.fields * s.order)
+    p = plan(x, s, s.fields * s.order)
     dbank, dshift = torch.empty_like(bank), torch.empty_like(shift)
     dx = torch.empty(x.shape if input_gradient else 0, dtype=x.dtype, device=x.device)
     if s.batch == 0:
         return dbank.zero_(), torch.zeros_like(scale), dshift.zero_(), dx
     sums = Sums(x, s, p, True)
-    filters = packed_bank(bank, x.dtype, s, p)
     outs = parts(dx, s) if input_gradient else None
     args = parts(arg, s) if pool else None
     for i, (part, gradient) in enumerate(zip(parts(x, s), parts(dy.contiguous(), s), strict=True)):
-        image, bad = padded_image(part, mask, s)
+        f = factors(part, mask, bank, s, p)
         winner = args[i] if args is not None else arg
         dv = unblur(gradient, winner, blur, stride=blur_stride, pool=pool, s=s)
         if p.single and outs is None:
-            sums.add(image, filters, dv, (scale, shift), moments=False)
+            sums.add(f, dv, (scale, shift), moments=False)
             continue
-        du = values(GRADIENT, image, bad, bank, scale, shift, dv, s)
-        sums.add(image, filters, du, None, moments=False)
+        du = values(GRADIENT, f, scale, shift, dv, s)
+        sums.add(f, du, None, moments=False)
         if outs is not None:
             input_gradient_of(du, bank, scale, mask, outs[i], s)
-    sums.combine(dshift, None)
-    sums.fold(dbank, None)
+    sums.finish(dshift, None, dbank, None)
     view = scale.view(-1, 1, 1, 1, 1)
     dscale = (dbank * bank.to(x.dtype)).sum((1, 2, 3, 4))
     return dbank * view, dscale, dshift, dx

@@ -7,8 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launches
 from .common import precision
-from .lift_tile import Plan, Sizes, config_of, parts, patches, programs_of
+from .lift_tile import (
+    Factors,
+    Plan,
+    Sizes,
+    cdiv,
+    first_tile,
+    next_tile,
+    parts,
+    patches,
+    power_of_2,
+    programs_of,
+)
 
 CONV, MASKED, STORED = (tl.constexpr(i) for i in range(3))
 
@@ -77,20 +89,20 @@ def _lift_sums_kernel(
     if CORRELATE:
         products = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     start = tl.program_id(0) * per_program
-    for t in tl.range(start, tl.minimum(start + per_program, tiles)):
-        i_b = (t // (row_tiles * col_tiles)).to(tl.int64)
-        y0 = t % row_tiles * TY
-        o_x = t // row_tiles % col_tiles * BLOCK_X + tl.arange(0, BLOCK_X)
-        y = y0 + o_ty
+    tile, col, row = first_tile(start, row_tiles, col_tiles)
+    for _ in tl.range(start, tl.minimum(start + per_program, tiles)):
+        i_b = tile.to(tl.int64)
+        o_x = col * BLOCK_X + tl.arange(0, BLOCK_X)
+        y = row * TY + o_ty
         m_y = m_m & (y < H1)
-        m_x = o_x < W1
-        m = m_y[:, None] & m_x[None, :]
         if (SOURCE != STORED) or CORRELATE:
             image = xp_ptr + i_b * HP * WP * E
-            b_p = patches(image, y0, o_x, o_k, 0, HP, W1, HP, WP, STRIDE, KERNEL, E, K)
+            b_p = patches(
+                image, row * TY, col * BLOCK_X, o_k, 0, HP, HP, WP, STRIDE, KERNEL, E, K, BLOCK_X
+            )
         if SOURCE == STORED:
             pixels = ((i_b * H1 + y) * W1)[:, None] + o_x[None, :]
-            m_v = m & (o_ch < FG)[:, None]
+            m_v = (m_y & (o_ch < FG))[:, None] & (o_x < W1)[None, :]
             b_v = tl.load(v_ptr + pixels * SLOTS + o_ch[:, None], mask=m_v, other=0.0)
             b_v = b_v.to(tl.float32)
         else:
@@ -100,31 +112,38 @@ def _lift_sums_kernel(
             m_v = m_y[:, None] & (o_x < pitch)[None, :]
             b_dv = tl.load(v_ptr + planar, mask=m_v, other=0.0).to(tl.float32)
             b_v = tl.where(b_v * b_scale + b_shift <= 0.0, 0.0, b_dv)
-        if MOMENTS and CORRELATE:
-            b_v = tl.where((o_ch == FG)[:, None], 1.0, b_v)
-        b_v = tl.where(m, b_v, 0.0)
         if MOMENTS:
-            more = tl.where(m_y, tl.sum(m_x.to(tl.float32), 0), 0.0)
-            there = tl.sum(b_v, 1) / tl.maximum(more, 1.0)
-            centred = tl.where(m, b_v - there[:, None], 0.0)
+            # As factors the columns cost less than as predicates, which are few.
+            inside = (o_x < W1).to(tl.float32)[None, :]
+            b_v *= inside
+            columns = tl.minimum(BLOCK_X, W1 - col * BLOCK_X)
+            more = tl.where(m_y, columns.to(tl.float32), 0.0)
+            there = tl.where(m_y, tl.sum(b_v, 1), 0.0) / tl.maximum(more, 1.0)
+            centred = b_v - there[:, None]
+            squares = tl.sum(centred * (centred * inside), 1)
             share = more / tl.maximum(count + more, 1.0)
             delta = there - mean
-            square += tl.sum(centred * centred, 1) + delta * delta * count * share
+            square += tl.where(m_y, squares, 0.0) + delta * delta * count * share
             mean += delta * share
             count += more
+            if CORRELATE:
+                ones = (m_y & (o_ch == FG)).to(tl.float32)[:, None] * inside
+                b_v = tl.where((m_y & (o_ch < FG))[:, None], b_v, ones)
         else:
             mean += tl.sum(b_v, 1)
         if CORRELATE:
             products = tl.dot(b_v.to(b_p.dtype), b_p, products, input_precision=PRECISION)
-    i_row = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        tile, col, row = next_tile(tile, col, row, row_tiles, col_tiles)
+    i_p = tl.program_id(0).to(tl.int64)
+    height = tl.num_programs(1) * BLOCK_M
     if CORRELATE:
-        o_row = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(products_ptr + (o_row * KP)[:, None] + o_k[None, :], products)
+        p_products = products_ptr + ((i_p * height + o_m) * KP)[:, None] + o_k[None, :]
+        tl.store(p_products, products)
     if tl.program_id(2) == 0:
-        p_sums = sums_ptr + i_row * 3 * BLOCK_M + tl.arange(0, BLOCK_M)
+        p_sums = sums_ptr + i_p * 3 * height + o_m
         tl.store(p_sums, count)
-        tl.store(p_sums + BLOCK_M, mean)
-        tl.store(p_sums + 2 * BLOCK_M, square)
+        tl.store(p_sums + height, mean)
+        tl.store(p_sums + 2 * height, square)
 
 
 @triton.jit
@@ -133,48 +152,46 @@ def _row_sum(
     o,
     field,
     programs,
-    blocks,
+    height,
     which,
     ROWS: tl.constexpr,
     TY: tl.constexpr,
     G: tl.constexpr,
-    BLOCK_M: tl.constexpr,
 ):
     """Load entry ``which`` of the partial sums of one field: o counts programs, ty and g."""
     i_p = (o // (TY * G)).to(tl.int64)
     row = o // G % TY * ROWS + field * G + o % G
-    p = sums_ptr + ((i_p * blocks + row // BLOCK_M) * 3 + which) * BLOCK_M + row % BLOCK_M
+    p = sums_ptr + (i_p * 3 + which) * height + row
     return tl.load(p, mask=i_p < programs, other=0.0).to(tl.float64)
 
 
 @triton.jit
-def _lift_moments_kernel(
+def _combine(
+    field,
     sums_ptr,
     mean_ptr,
     variance_ptr,
     programs,
-    blocks,
+    height,
     MOMENTS: tl.constexpr,
     ROWS: tl.constexpr,
     TY: tl.constexpr,
     G: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Combine the sums of all programs: mean and variance of a field, or (mean_ptr) the total.
 
-    One program owns a field. Two passes in float64: the mean of the means, then the squares about
-    it, in the order of the programs.
+    Two passes in float64: the mean of the means, then the squares about it, in the order of the
+    programs.
     """
-    field = tl.program_id(0)
     length = programs * TY * G
     count = tl.zeros([BLOCK], tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(0, length, BLOCK):
         o = start + tl.arange(0, BLOCK)
-        b_sum = _row_sum(sums_ptr, o, field, programs, blocks, 1, ROWS, TY, G, BLOCK_M)
+        b_sum = _row_sum(sums_ptr, o, field, programs, height, 1, ROWS, TY, G)
         if MOMENTS:
-            b_count = _row_sum(sums_ptr, o, field, programs, blocks, 0, ROWS, TY, G, BLOCK_M)
+            b_count = _row_sum(sums_ptr, o, field, programs, height, 0, ROWS, TY, G)
             b_sum *= b_count
             count += b_count
         total += b_sum
@@ -184,9 +201,9 @@ def _lift_moments_kernel(
         squares = tl.zeros([BLOCK], tl.float64)
         for start in tl.range(0, length, BLOCK):
             o = start + tl.arange(0, BLOCK)
-            b_count = _row_sum(sums_ptr, o, field, programs, blocks, 0, ROWS, TY, G, BLOCK_M)
-            b_mean = _row_sum(sums_ptr, o, field, programs, blocks, 1, ROWS, TY, G, BLOCK_M)
-            b_square = _row_sum(sums_ptr, o, field, programs, blocks, 2, ROWS, TY, G, BLOCK_M)
+            b_count = _row_sum(sums_ptr, o, field, programs, height, 0, ROWS, TY, G)
+            b_mean = _row_sum(sums_ptr, o, field, programs, height, 1, ROWS, TY, G)
+            b_square = _row_sum(sums_ptr, o, field, programs, height, 2, ROWS, TY, G)
             delta = tl.where(b_count > 0, b_mean - mean, 0.0)
             squares += b_square + b_count * delta * delta
         tl.store(mean_ptr + field, mean.to(tl.float32))
@@ -196,14 +213,16 @@ def _lift_moments_kernel(
 
 
 @triton.jit
-def _lift_fold_kernel(
+def _fold(
+    o_ch,
+    o_t,
     products_ptr,
     out_ptr,
     ones_ptr,
     programs,
+    height,
     C,
     FG,
-    rows,
     ROWS: tl.constexpr,
     TY: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -215,10 +234,8 @@ def _lift_fold_kernel(
 ):
     """Add the products of all programs and of the TY shifted copies: [F G (+ 1), C, k, k].
 
-    One program owns BLOCK_T taps of one filter, and reads BLOCK_N programs at a time.
+    For taps o_t of one filter, BLOCK_N programs at a time.
     """
-    o_ch = tl.program_id(0)
-    o_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     taps = C * KERNEL * KERNEL
     i = o_t // KERNEL % KERNEL
     tap = i * (KERNEL * E) + o_t % KERNEL * E + o_t // (KERNEL * KERNEL)
@@ -227,7 +244,7 @@ def _lift_fold_kernel(
         o_n = start + tl.arange(0, BLOCK_N)
         m = (o_n < programs)[:, None] & (o_t < taps)[None, :]
         for s in tl.static_range(TY):
-            p = (o_n.to(tl.int64) * rows + s * ROWS + o_ch)[:, None] * KP + tap[None, :]
+            p = (o_n.to(tl.int64) * height + s * ROWS + o_ch)[:, None] * KP + tap[None, :]
             total += tl.load(products_ptr + p + s * (STRIDE * KERNEL * E), mask=m, other=0.0)
     b_sum = tl.sum(total, 0)
     tl.store(out_ptr + o_ch * taps + o_t, b_sum, mask=(o_t < taps) & (o_ch < FG))
@@ -235,29 +252,70 @@ def _lift_fold_kernel(
         tl.store(ones_ptr + o_t, b_sum, mask=(o_t < taps) & (o_ch == FG))
 
 
+@triton.jit
+def _lift_finish_kernel(
+    sums_ptr,
+    products_ptr,
+    mean_ptr,
+    variance_ptr,
+    out_ptr,
+    ones_ptr,
+    programs,
+    height,
+    fields,
+    C,
+    FG,
+    blocks,
+    MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TY: tl.constexpr,
+    STRIDE: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    KERNEL: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Finish the sums: the first programs own a field each, the others BLOCK_T taps of a filter."""
+    program = tl.program_id(0)
+    if program < fields:
+        _combine(
+            program, sums_ptr, mean_ptr, variance_ptr, programs, height, MOMENTS, ROWS, TY, G, BLOCK
+        )
+    else:
+        program -= fields
+        o_t = program % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+        _fold(
+            program // blocks, o_t, products_ptr, out_ptr, ones_ptr, programs, height, C, FG,
+            ROWS, TY, STRIDE, E, KERNEL, KP, BLOCK_N, BLOCK_T,
+        )  # fmt: skip
+
+
 class Sums:
     """The partial sums of one call: filled part by part of the batch, then combined."""
 
     def __init__(self, x: Tensor, s: Sizes, p: Plan, correlate: bool) -> None:
         self.s, self.p, self.correlate = s, p, correlate
-        self.config = config_of("sums", s)
-        self.block_x = min(self.config.x, max(16, triton.next_power_of_2(s.w1)))
-        self.row_tiles, self.col_tiles = -(-s.h1 // p.ty), -(-s.w1 // self.block_x)
+        self.launch = launches.find("lift_sums", x, p.shape)
+        self.block_m = p.share(self.launch.pop("BLOCK_M"))
+        self.block_x = min(self.launch.pop("BLOCK_X"), max(16, power_of_2(s.w1)))
+        self.row_tiles, self.col_tiles = cdiv(s.h1, p.ty), cdiv(s.w1, self.block_x)
+        resident = self.launch.pop("RESIDENT")
         self.done = 0
         self.grids = [
-            programs_of(x, n * self.row_tiles * self.col_tiles, self.config.resident)
+            programs_of(x, n * self.row_tiles * self.col_tiles, resident)
             for n in (part.shape[0] for part in parts(x, s))
         ]
         programs = sum(programs for programs, _ in self.grids)
-        self.sums = torch.empty(programs, p.blocks, 3, p.block_m, device=x.device)
-        self.products = torch.empty(
-            (programs, p.blocks * p.block_m, p.padded) if correlate else 0, device=x.device
-        )
+        like = {"dtype": torch.float32, "device": x.device}
+        self.sums = torch.empty(programs, 3, p.height, **like)
+        self.products = torch.empty((programs, p.height, p.padded) if correlate else 0, **like)
 
     def add(
         self,
-        image: Tensor,
-        filters: Tensor,
+        f: Factors,
         values: Tensor | None,
         affine: tuple[Tensor, Tensor] | None,
         *,
@@ -269,33 +327,34 @@ class Sums:
         programs, each = self.grids[self.done]
         first = sum(n for n, _ in self.grids[: self.done])
         self.done += 1
-        tiles = image.shape[0] * self.row_tiles * self.col_tiles
+        tiles = f.image.shape[0] * self.row_tiles * self.col_tiles
         scale, shift = affine or (None, None)
-        _lift_sums_kernel[(programs, p.blocks, p.padded // p.block_k if self.correlate else 1)](
-            image, filters, scale, shift, values, self.sums[first:],
+        blocks = p.padded // p.block_k if self.correlate else 1
+        _lift_sums_kernel[(programs, p.height // self.block_m, blocks)](
+            f.image, f.bank, scale, shift, values, self.sums[first:],
             self.products[first:] if self.correlate else None,
             tiles, each, self.row_tiles, self.col_tiles, s.h1, s.w1, s.hp, s.wp, s.pitch,
             SOURCE=source.value, MOMENTS=moments, CORRELATE=self.correlate,
             FG=s.fields * s.order, ROWS=p.rows, TY=p.ty, STRIDE=s.stride, G=s.order, E=s.slots,
             KERNEL=s.kernel, K=p.taps, KP=p.padded, SLOTS=-(-s.fields * s.order // 8) * 8,
-            PRECISION=precision(convolution=True), BLOCK_M=p.block_m, BLOCK_K=p.block_k,
-            BLOCK_X=self.block_x, num_warps=self.config.warps, num_stages=self.config.stages,
+            PRECISION=precision(convolution=True), BLOCK_M=self.block_m, BLOCK_K=p.block_k,
+            BLOCK_X=self.block_x, **self.launch,
         )  # fmt: skip
 
-    def combine(self, mean: Tensor, variance: Tensor | None) -> None:
-        """Write mean and variance per field, or without ``variance`` the sum."""
-        s, p = self.s, self.p
-        _lift_moments_kernel[(s.fields,)](
-            self.sums, mean, variance, self.sums.shape[0], p.blocks, MOMENTS=variance is not None,
-            ROWS=p.rows, TY=p.ty, G=s.order, BLOCK_M=p.block_m, BLOCK=512, num_warps=4,
-        )  # fmt: skip
+    def finish(
+        self, mean: Tensor, variance: Tensor | None, out: Tensor, ones: Tensor | None
+    ) -> None:
+        """Write what was summed.
 
-    def fold(self, out: Tensor, ones: Tensor | None) -> None:
-        """Write the products of the filters [F, G, C, k, k] and of the row of ones [C, k, k]."""
+        ``mean`` and ``variance`` per field, or without ``variance`` the sum; with ``correlate``
+        the products of the filters ``out`` [F, G, C, k, k] and of the row of ones [C, k, k].
+        """
         s, p = self.s, self.p
-        taps = s.channels * s.kernel**2
-        _lift_fold_kernel[(p.rows, triton.cdiv(taps, 32))](
-            self.products, out, ones, self.sums.shape[0], s.channels, s.fields * s.order,
-            p.blocks * p.block_m, ROWS=p.rows, TY=p.ty, STRIDE=s.stride, E=s.slots,
-            KERNEL=s.kernel, KP=p.padded, BLOCK_N=32, BLOCK_T=32, num_warps=4,
+        launch = launches.find("lift_finish", self.sums)
+        blocks = cdiv(s.channels * s.kernel**2, launch["BLOCK_T"])
+        _lift_finish_kernel[(s.fields + (p.rows * blocks if self.correlate else 0),)](
+            self.sums, self.products, mean, variance, out, ones, self.sums.shape[0], p.height,
+            s.fields, s.channels, s.fields * s.order, blocks, MOMENTS=variance is not None,
+            ROWS=p.rows, TY=p.ty, STRIDE=s.stride, G=s.order, E=s.slots, KERNEL=s.kernel,
+            KP=p.padded, **launch,
         )  # fmt: skip

@@ -13,42 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import programs
+from . import launches
+from .common import precision, programs
 
-
-class Config(NamedTuple):
-    """How a kernel is launched: tile, warps, software pipelining, programs per multiprocessor."""
-
-    x: int
-    warps: int
-    stages: int
-    resident: int = 1
-
-
-# By kernel, bytes per value and whether the device is a Hopper or newer.
-CONFIGS = {
-    ("conv", 2, True): Config(64, 8, 2),
-    ("conv", 2, False): Config(64, 8, 2),
-    ("conv", 4, True): Config(64, 8, 1),
-    ("conv", 4, False): Config(32, 8, 1),
-    ("sums", 2, True): Config(64, 8, 2),
-    ("sums", 2, False): Config(32, 8, 2),
-    ("sums", 4, True): Config(32, 8, 1),
-    ("sums", 4, False): Config(16, 8, 1),
-    ("walk", 2, True): Config(128, 4, 1),
-    ("walk", 2, False): Config(128, 4, 1),
-    ("walk", 4, True): Config(128, 4, 1),
-    ("walk", 4, False): Config(128, 4, 1),
-    ("input", 2, True): Config(128, 4, 3),
-    ("input", 2, False): Config(64, 4, 3),
-    ("input", 4, True): Config(64, 4, 2),
-    ("input", 4, False): Config(64, 4, 2),
-}
-# Filter rows and taps of the largest tile, and taps of a block where they are more.
-ROWS = {(2, True): 128, (2, False): 64, (4, True): 64, (4, False): 64}
-TAPS = {2: 256, 4: 64}
-CHUNK = {2: 64, 4: 64}
 WORKSPACE = 192 * 2**20
+
+
+def cdiv(size: int, block: int) -> int:
+    """Return how many blocks a size takes; Triton's own costs microseconds outside a kernel."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """Return the power of two that is not below a size."""
+    return 1 << (size - 1).bit_length()
 
 
 class Sizes(NamedTuple):
@@ -69,7 +47,6 @@ class Sizes(NamedTuple):
     wp: int
     slots: int
     bytes: int
-    hopper: bool
 
     @property
     def pitch(self) -> int:
@@ -79,84 +56,96 @@ class Sizes(NamedTuple):
     @property
     def block_p(self) -> int:
         """Pixels of the padded image that one program copies, and one mark is for."""
-        return max(16, 2048 // triton.next_power_of_2(self.slots))
+        return max(16, 2048 // power_of_2(self.slots))
 
 
 class Plan(NamedTuple):
     """How filters and taps fill a tile: ``rows`` filters times ``ty`` image rows, ``taps`` taps."""
 
     rows: int
-    block_m: int
-    blocks: int
+    height: int
     ty: int
     taps: int
     padded: int
     block_k: int
+    chunk: int
 
     @property
     def single(self) -> bool:
         """Whether all taps fit one block."""
         return self.padded == self.block_k
 
+    @property
+    def shape(self) -> str:
+        """The shape class of launches."""
+        return "K64" if self.block_k <= 64 else "K256"
+
+    def share(self, most: int) -> int:
+        """Return how many rows of a tile a program owns, ``most`` or as few as one warp group's."""
+        return most if self.height % most == 0 else 64
+
 
 def sizes(x: Tensor, bank: Tensor, stride: int, padding: int) -> Sizes:
     """Return the sizes of a call."""
     batch, channels, height, width = x.shape
     fields, order, _, kernel, _ = bank.shape
-    hp, wp = height + 2 * padding, width + 2 * padding
-    h1, w1 = (hp - kernel) // stride + 1, (wp - kernel) // stride + 1
-    # The interpreter follows the tiles of the newest device.
-    hopper = x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) >= (9, 0)
-    slots = triton.next_power_of_2(channels) if channels < 8 else -(-channels // 8) * 8
+    h1, w1 = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+    # Zeros to the right, so that the windows of the widest tile stay within their rows.
+    width_of_tiles = min(max(launches.TILE), max(16, power_of_2(w1)))
+    hp = (h1 - 1) * stride + kernel
+    wp = (cdiv(w1, width_of_tiles) * width_of_tiles - 1) * stride + kernel
+    slots = power_of_2(channels) if channels < 8 else -(-channels // 8) * 8
     return Sizes(
         batch, channels, height, width, fields, order, kernel, stride, padding,
-        h1, w1, hp, wp, slots, x.element_size(), hopper,
+        h1, w1, hp, wp, slots, x.element_size(),
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def plan(s: Sizes, rows: int) -> Plan:
+def plan(x: Tensor, s: Sizes, rows: int) -> Plan:
     """Choose the tile with the fewest multiplications per filter and image row."""
+    most = launches.find("lift_plan", x)
+    # What the matrix unit cannot do is unrolled: few taps at a time.
+    exact = x.dtype == torch.float32 and precision(convolution=True) == "ieee"
+    return _plan(s, rows, most["ROWS"], most["CHUNK" if exact else "TAPS"], most["CHUNK"])
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(s: Sizes, rows: int, most_rows: int, most_taps: int, chunk: int) -> Plan:
     segment = s.kernel * s.slots
-    limit, best = TAPS[s.bytes], None
-    for block_m in (64, 128):
-        for ty in range(1, max(1, block_m // rows) + 1):
-            taps = (s.kernel + (ty - 1) * s.stride) * segment
-            padded = max(16, triton.next_power_of_2(taps))
-            block_k = padded
-            if padded > limit:
-                block_k = CHUNK[s.bytes]
-                padded = -(-taps // block_k) * block_k
-            blocks = -(-rows // block_m)
-            plan = Plan(rows, block_m, blocks, ty, taps, padded, block_k)
-            if block_m > ROWS[s.bytes, s.hopper] or (ty > 1 and not plan.single):
-                continue
-            cost = block_m * blocks * padded / ty
-            if best is None or cost < best[0]:
-                best = (cost, plan)
+    best = None
+    for ty in range(1, max(1, min(most_rows // rows, s.h1)) + 1):
+        taps = (s.kernel + (ty - 1) * s.stride) * segment
+        padded = max(16, power_of_2(taps))
+        block_k = padded
+        if padded > most_taps:
+            block_k = chunk
+            padded = -(-taps // block_k) * block_k
+        height = cdiv(rows * ty, 64) * 64
+        plan = Plan(rows, height, ty, taps, padded, block_k, min(chunk, padded))
+        cost = height * padded / ty
+        if (ty == 1 or plan.single) and (best is None or cost < best[0]):
+            best = (cost, plan)
     assert best is not None
     return best[1]
 
 
-def config_of(kernel: str, s: Sizes) -> Config:
-    """Return how to launch a kernel."""
-    return CONFIGS[kernel, s.bytes, s.hopper]
-
-
 def programs_of(x: Tensor, tiles: int, resident: int) -> tuple[int, int]:
     """Return the number of programs that fill the device once, and the tiles of each."""
-    each = triton.cdiv(tiles, max(1, programs(x, resident, tiles)))
-    return triton.cdiv(tiles, each), each
+    each = cdiv(tiles, max(1, programs(x, resident, tiles)))
+    return cdiv(tiles, each), each
 
 
 def parts(t: Tensor, s: Sizes) -> list[Tensor]:
     """Split a batch so that the values of one part stay within WORKSPACE bytes."""
-    image = s.fields * s.order * s.h1 * s.pitch * s.bytes
-    return list(t.split(max(1, WORKSPACE // image))) if t.shape[0] else []
+    most = max(1, WORKSPACE // (s.fields * s.order * s.h1 * s.pitch * s.bytes))
+    if 0 < t.shape[0] <= most:
+        return [t]
+    return list(t.split(most)) if t.shape[0] else []
 
 
 @triton.jit
-def _lift_image_kernel(
+def _copy_image(
+    program,
     x_ptr,
     mask_ptr,
     xp_ptr,
@@ -166,6 +155,7 @@ def _lift_image_kernel(
     W,
     HP,
     WP,
+    WU,
     padding,
     blocks,
     stride_xb,
@@ -178,28 +168,32 @@ def _lift_image_kernel(
 ):
     """Copy mask * x to [B, HP, WP, E], zeros around it, and mark what is not finite.
 
-    One program owns BLOCK_P pixels of one padded image. Bytes: x read once, E / C of it written.
+    A program owns BLOCK_P pixels of one padded image. Of its columns WU are under a window of the
+    convolution; what a stride leaves over beyond them, as beyond HP, is zero, so that no tile meets
+    it. Bytes: x read once, E / C of it written.
     """
-    i_b = (tl.program_id(0) // blocks).to(tl.int64)
-    i_p = tl.program_id(0) % blocks
-    o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_b = (program // blocks).to(tl.int64)
+    o_p = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     o_e = tl.arange(0, BLOCK_E)
     y = o_p // WP - padding
     x = o_p % WP - padding
-    m_p = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    p_x = x_ptr + i_b * stride_xb + (y * stride_xh + x * stride_xw)[:, None]
-    b_x = tl.load(p_x + (o_e * stride_xc)[None, :], mask=m_p[:, None] & (o_e < C)[None, :], other=0)
+    m_p = (y >= 0) & (y < H) & (x >= 0) & (x < W) & (o_p < HP * WP) & (o_p % WP < WU)
+    # A view may stride over more than 32 bits hold.
+    o_x = y.to(tl.int64) * stride_xh + x.to(tl.int64) * stride_xw
+    p_x = x_ptr + i_b * stride_xb + o_x[:, None] + (o_e.to(tl.int64) * stride_xc)[None, :]
+    b_x = tl.load(p_x, mask=m_p[:, None] & (o_e < C)[None, :], other=0)
     if mask_ptr is not None:
         b_m = tl.load(mask_ptr + y * W + x, mask=m_p, other=0)  # [BLOCK_P]
         b_x = (b_x.to(tl.float32) * b_m[:, None]).to(b_x.dtype)
     b_bad = (tl.abs(b_x.to(tl.float32)) < float("inf")).to(tl.int32)
-    tl.store(bad_ptr + tl.program_id(0), 1 - tl.min(tl.min(b_bad, 1), 0))
+    tl.store(bad_ptr + program, 1 - tl.min(tl.min(b_bad, 1), 0))
     p_out = xp_ptr + (i_b * HP * WP + o_p)[:, None] * E + o_e[None, :]
     tl.store(p_out, b_x, mask=(o_p < HP * WP)[:, None] & (o_e < E)[None, :])
 
 
 @triton.jit
-def _lift_bank_kernel(
+def _lay_bank_out(
+    program,
     bank_ptr,
     scale_ptr,
     out_ptr,
@@ -219,9 +213,9 @@ def _lift_bank_kernel(
     """Lay the bank out as the left factor of the product, in the dtype of the image.
 
     Rows (ty, f, g) and taps (i, j, c) as in the text above; TRANSPOSED: rows c, taps (i, j, f, g)
-    with E slots for (f, g), for the gradient of the image. One program owns BLOCK entries.
+    with E slots for (f, g), for the gradient of the image. A program owns BLOCK entries.
     """
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = program * BLOCK + tl.arange(0, BLOCK)
     row = o // KP
     tap = o % KP
     i = tap // (KERNEL * E)
@@ -241,28 +235,103 @@ def _lift_bank_kernel(
     tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=o < total)
 
 
-def padded_image(x: Tensor, mask: Tensor | None, s: Sizes) -> tuple[Tensor, Tensor]:
-    """Return the padded image [B, HP, WP, slots] and its marks of what is not finite."""
-    blocks = -(-s.hp * s.wp // s.block_p)
+@triton.jit
+def _lift_prepare_kernel(
+    x_ptr,
+    mask_ptr,
+    xp_ptr,
+    bad_ptr,
+    bank_ptr,
+    out_ptr,
+    images,
+    C,
+    H,
+    W,
+    HP,
+    WP,
+    WU,
+    padding,
+    blocks,
+    stride_xb,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    FG,
+    total,
+    ROWS: tl.constexpr,
+    TY: tl.constexpr,
+    STRIDE: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    KERNEL: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Make both factors of the product: the first ``images`` programs copy, the rest lay out."""
+    program = tl.program_id(0)
+    if program < images:
+        _copy_image(
+            program, x_ptr, mask_ptr, xp_ptr, bad_ptr, C, H, W, HP, WP, WU, padding, blocks,
+            stride_xb, stride_xc, stride_xh, stride_xw, E, BLOCK_E, BLOCK_P,
+        )  # fmt: skip
+    else:
+        _lay_bank_out(
+            program - images, bank_ptr, None, out_ptr, C, FG, total, ROWS, TY, STRIDE, G, E,
+            KERNEL, KP, False, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _lift_bank_kernel(
+    bank_ptr,
+    scale_ptr,
+    out_ptr,
+    C,
+    FG,
+    total,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    KERNEL: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Lay the transposed bank out. One program owns BLOCK entries."""
+    _lay_bank_out(
+        tl.program_id(0), bank_ptr, scale_ptr, out_ptr, C, FG, total, 1, 1, 1, G, E, KERNEL, KP,
+        True, BLOCK,
+    )  # fmt: skip
+
+
+class Factors(NamedTuple):
+    """What the product is made of.
+
+    ``image``: ``[B, HP, WP, slots]``; ``bad``: marks ``[B, blocks]`` of what is not finite in it;
+    ``bank``: ``[height, padded]`` as ``plan`` says.
+    """
+
+    image: Tensor
+    bad: Tensor
+    bank: Tensor
+    plan: Plan
+
+
+def factors(x: Tensor, mask: Tensor | None, bank: Tensor, s: Sizes, p: Plan) -> Factors:
+    """Return both factors of the product of a part of the batch."""
+    blocks = cdiv(s.hp * s.wp, s.block_p)
     image = torch.empty(x.shape[0], s.hp, s.wp, s.slots, dtype=x.dtype, device=x.device)
     bad = torch.empty(x.shape[0], blocks, dtype=torch.int32, device=x.device)
-    _lift_image_kernel[(x.shape[0] * blocks,)](
-        x, mask, image, bad, s.channels, s.height, s.width, s.hp, s.wp, s.padding, blocks,
-        *x.stride(), E=s.slots, BLOCK_E=triton.next_power_of_2(s.slots), BLOCK_P=s.block_p,
-        num_warps=4,
+    left = torch.empty(p.height, p.padded, dtype=x.dtype, device=x.device)
+    launch = launches.find("lift_prepare", x)
+    images = x.shape[0] * blocks
+    _lift_prepare_kernel[(images + cdiv(left.numel(), launch["BLOCK"]),)](
+        x, mask, image, bad, bank, left, images, s.channels, s.height, s.width, s.hp, s.wp,
+        (s.w1 - 1) * s.stride + s.kernel, s.padding, blocks, *x.stride(), s.fields * s.order,
+        left.numel(), ROWS=p.rows, TY=p.ty, STRIDE=s.stride, G=s.order, E=s.slots, KERNEL=s.kernel,
+        KP=p.padded, BLOCK_E=power_of_2(s.slots), BLOCK_P=s.block_p, **launch,
     )  # fmt: skip
-    return image, bad
-
-
-def packed_bank(bank: Tensor, dtype: torch.dtype, s: Sizes, p: Plan) -> Tensor:
-    """Return the left factor of the product, [blocks * BLOCK_M, padded]."""
-    out = torch.empty(p.blocks * p.block_m, p.padded, dtype=dtype, device=bank.device)
-    _lift_bank_kernel[(triton.cdiv(out.numel(), 1024),)](
-        bank, None, out, s.channels, s.fields * s.order, out.numel(), ROWS=p.rows, TY=p.ty,
-        STRIDE=s.stride, G=s.order, E=s.slots, KERNEL=s.kernel, KP=p.padded, TRANSPOSED=False,
-        BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-    return out
+    return Factors(image, bad, left, p)
 
 
 def transposed_bank(
@@ -270,10 +339,10 @@ def transposed_bank(
 ) -> Tensor:
     """Return scale * bank as [C, k k slots]: for each tap all filters, in ``slots`` places."""
     out = torch.empty(s.channels, s.kernel**2 * slots, dtype=dtype, device=bank.device)
-    _lift_bank_kernel[(triton.cdiv(out.numel(), 1024),)](
-        bank, scale, out, s.channels, s.fields * s.order, out.numel(), ROWS=1, TY=1, STRIDE=1,
-        G=s.order, E=slots, KERNEL=s.kernel, KP=out.shape[1], TRANSPOSED=True, BLOCK=1024,
-        num_warps=4,
+    launch = launches.find("lift_bank", out)
+    _lift_bank_kernel[(cdiv(out.numel(), launch["BLOCK"]),)](
+        bank, scale, out, s.channels, s.fields * s.order, out.numel(), G=s.order, E=slots,
+        KERNEL=s.kernel, KP=out.shape[1], **launch,
     )  # fmt: skip
     return out
 
@@ -282,21 +351,44 @@ def transposed_bank(
 def patches(
     image_ptr,
     y0,
-    o_x,
+    x0,
     o_k,
     first,
     last,
-    W1,
     HP,
     WP,
     STRIDE: tl.constexpr,
     KERNEL: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):
-    """Return [x, tap] of the windows of outputs (y0, o_x), zero but for rows first <= i < last."""
+    """Return [x, tap]: the windows of BLOCK_X outputs from (y0, x0), filter rows first <= i < last.
+
+    The taps of other rows are zero. Columns beside the last output have windows of their own, which
+    reach into the zeros there. Offsets that stay from tile to tile are 64-bit and added last: those
+    of a thread then differ by constants.
+    """
     i = o_k // (KERNEL * E)
-    row = y0 * STRIDE + i
-    m_k = (o_k < K) & (row < HP) & (i >= first) & (i < last)
-    p = image_ptr + (o_x * (STRIDE * E))[:, None] + (row * WP * E + o_k % (KERNEL * E))[None, :]
-    return tl.load(p, mask=(o_x < W1)[:, None] & m_k[None, :], other=0.0)
+    m_k = (o_k < K) & (y0 * STRIDE + i < HP) & (i >= first) & (i < last)
+    o_x = tl.arange(0, BLOCK_X).to(tl.int64) * (STRIDE * E)
+    o_tap = (i * WP * E + o_k % (KERNEL * E)).to(tl.int64)
+    p = image_ptr + (y0 * WP + x0) * (STRIDE * E)
+    return tl.load(p + o_tap[None, :] + o_x[:, None], mask=m_k[None, :], other=0.0)
+
+
+@triton.jit
+def first_tile(t, row_tiles, col_tiles):
+    """Return image, column and row of tile ``t``: rows run fastest."""
+    i_b = t // (row_tiles * col_tiles)
+    return i_b, t // row_tiles % col_tiles, t % row_tiles
+
+
+@triton.jit
+def next_tile(i_b, col, row, row_tiles, col_tiles):
+    """Return image, column and row of the tile after one, without dividing."""
+    row += 1
+    col += (row == row_tiles).to(tl.int32)
+    row = tl.where(row == row_tiles, 0, row)
+    i_b += (col == col_tiles).to(tl.int32)
+    return i_b, tl.where(col == col_tiles, 0, col), row

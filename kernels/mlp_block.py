@@ -17,38 +17,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dropout as dropout_mask
-from .common import add_part, config, padded, precision, programs, refusal, sizes, sum_rows
+from . import launches
+from .common import add_part, padded, precision, programs, refusal, sum_rows
 
 __all__ = ["backward", "forward", "supports"]
 
 LARGEST_WIDTH = 128
-CONFIG = {
-    ("fwd", 16, "narrow"): sizes(BLOCK_N=64, BLOCK_E=64, num_warps=4, num_stages=1),
-    ("fwd", 16, "wide"): sizes(BLOCK_N=64, BLOCK_E=64, num_warps=4, num_stages=1),
-    ("fwd", 32, "narrow"): sizes(BLOCK_N=32, BLOCK_E=64, num_warps=4, num_stages=1),
-    ("fwd", 32, "wide"): sizes(BLOCK_N=32, BLOCK_E=32, num_warps=4, num_stages=1),
-    ("bwd", 16, "narrow"): sizes(BLOCK_N=64, BLOCK_E=64, num_warps=8, num_stages=1),
-    ("bwd", 16, "wide"): sizes(BLOCK_N=64, BLOCK_E=32, num_warps=8, num_stages=1),
-    ("bwd", 32, "narrow"): sizes(BLOCK_N=32, BLOCK_E=64, num_warps=8, num_stages=1),
-    ("bwd", 32, "wide"): sizes(BLOCK_N=32, BLOCK_E=32, num_warps=8, num_stages=1),
-}
-# Programs of the backward kernel for each multiprocessor.
-RESIDENT = 1
 RSQRT_2 = tl.constexpr(0.7071067811865476)
 RSQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
 def supports(x: Tensor, w1: Tensor) -> str | None:
-    """Return why these kernels cannot take tokens ``x`` ``[B, N, D]``, or None if they can."""
+    """Return why these kernels cannot take tokens ``x`` with ``w1`` ``[E, D]``, or None."""
     if reason := refusal(x):
         return reason
-    if not 16 <= x.shape[-1] <= LARGEST_WIDTH:
-        return f"takes 16 to {LARGEST_WIDTH} channels, not {x.shape[-1]}"
+    if not 16 <= w1.shape[1] <= LARGEST_WIDTH:
+        return f"takes 16 to {LARGEST_WIDTH} channels, not {w1.shape[1]}"
     return None
 
 
-def _config(kernel: str, x: Tensor, hidden: int) -> dict[str, int]:
-    launch = config(CONFIG, kernel, x, x.shape[-1])
+def _launch(kernel: str, x: Tensor, hidden: int) -> dict[str, int]:
+    launch = launches.find(kernel, x, launches.width_class(x.shape[-1]))
     launch["BLOCK_E"] = min(launch["BLOCK_E"], padded(hidden))
     return launch
 
@@ -345,7 +334,7 @@ def forward(
     if x.numel() == 0:
         return y
     (hidden, width), tokens = w1.shape, x.shape[0] * x.shape[1]
-    launch = _config("fwd", x, hidden)
+    launch = _launch("mlp_block_fwd", x, hidden)
     _mlp_block_fwd_kernel[(triton.cdiv(tokens, launch["BLOCK_N"]),)](
         x,
         norm_weight,
@@ -390,9 +379,9 @@ def backward(
     if x.numel() == 0:
         return dx, *(torch.zeros_like(p) for p in parameters)
     (hidden, width), tokens = w1.shape, x.shape[0] * x.shape[1]
-    launch = _config("bwd", x, hidden)
+    launch = _launch("mlp_block_bwd", x, hidden)
     tiles = triton.cdiv(tokens, launch["BLOCK_N"])
-    count = programs(x, RESIDENT, tiles)
+    count = programs(x, launch.pop("RESIDENT"), tiles)
     parts = w1.new_empty(count, 2 * hidden * width + hidden + 3 * width)
     _mlp_block_bwd_kernel[(count,)](
         dy,

@@ -14,27 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import config, padded, precision, programs, refusal, sizes, sum_rows
+from . import launches
+from .common import padded, precision, programs, refusal, sum_rows
 
 __all__ = ["backward", "forward", "supports"]
 
 LARGEST_WIDTH = 128
-CONFIG = {
-    ("fwd", 16, "narrow"): sizes(BLOCK_P=64, BLOCK_K=32, num_warps=4, num_stages=1),
-    ("fwd", 16, "wide"): sizes(BLOCK_P=64, BLOCK_K=32, num_warps=8, num_stages=1),
-    ("fwd", 32, "narrow"): sizes(BLOCK_P=32, BLOCK_K=32, num_warps=4, num_stages=1),
-    ("fwd", 32, "wide"): sizes(BLOCK_P=32, BLOCK_K=16, num_warps=8, num_stages=1),
-    ("bwd", 16, "narrow"): sizes(BLOCK_P=32, BLOCK_K=32, BLOCK_F=128, num_warps=8, num_stages=1),
-    ("bwd", 16, "wide"): sizes(BLOCK_P=64, BLOCK_K=32, BLOCK_F=64, num_warps=8, num_stages=1),
-    ("bwd", 32, "narrow"): sizes(BLOCK_P=32, BLOCK_K=32, BLOCK_F=64, num_warps=8, num_stages=1),
-    ("bwd", 32, "wide"): sizes(BLOCK_P=32, BLOCK_K=16, BLOCK_F=32, num_warps=8, num_stages=1),
-    ("input", 16, "narrow"): sizes(BLOCK_P=128, BLOCK_C=64, num_warps=4, num_stages=1),
-    ("input", 16, "wide"): sizes(BLOCK_P=64, BLOCK_C=64, num_warps=4, num_stages=1),
-    ("input", 32, "narrow"): sizes(BLOCK_P=64, BLOCK_C=32, num_warps=4, num_stages=1),
-    ("input", 32, "wide"): sizes(BLOCK_P=32, BLOCK_C=16, num_warps=4, num_stages=1),
-}
-# Programs of the backward kernel for each multiprocessor.
-RESIDENT = 2
 
 
 def supports(x: Tensor, filters: Tensor) -> str | None:
@@ -406,7 +391,7 @@ def forward(
     y = x.new_empty(x.shape[0], rows, columns, width)
     if y.numel() == 0:
         return y
-    launch = config(CONFIG, "fwd", x, width)
+    launch = launches.find("token_embed_fwd", x, launches.width_class(width))
     _token_embed_fwd_kernel[(x.shape[0] * triton.cdiv(rows * columns, launch["BLOCK_P"]),)](
         x,
         filters,
@@ -456,7 +441,8 @@ def backward(
     batch, channels, height, breadth = x.shape
     width, size = filters.shape[0], filters.shape[-1]
     rows, columns = dy.shape[1:3]
-    launch = config(CONFIG, "bwd", x, width)
+    shape = launches.width_class(width)
+    launch = launches.find("token_embed_bwd", x, shape)
     taps = filters[0].numel()
     launch["BLOCK_F"] = min(launch["BLOCK_F"], padded(taps))
     common = {
@@ -468,7 +454,7 @@ def backward(
         "PRECISION": precision(convolution=True),
     }
     tiles = batch * triton.cdiv(rows * columns, launch["BLOCK_P"])
-    count = programs(x, RESIDENT, tiles)
+    count = programs(x, launch.pop("RESIDENT"), tiles)
     parts = filters.new_empty(count, filters.numel() + 3 * width)
     du = torch.empty_like(dy) if input_gradient else dx
     _token_embed_bwd_kernel[(count, triton.cdiv(taps, launch["BLOCK_F"]))](
@@ -491,7 +477,7 @@ def backward(
         **launch,
     )
     if input_gradient:
-        launch = config(CONFIG, "input", x, width)
+        launch = launches.find("token_embed_bwd_input", x, shape)
         launch["BLOCK_C"] = min(launch["BLOCK_C"], padded(channels))
         residue = triton.cdiv(height, stride) * triton.cdiv(breadth, stride)
         tiles = triton.cdiv(residue, launch["BLOCK_P"])

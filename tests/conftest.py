@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.util
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -95,6 +96,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for name in names:
         if why := missing(name):
             pytest.skip(f"needs {name}: {why}")
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_left() -> Iterator[None]:
+    """Forget what a test compiled: dynamo counts how often one function is compiled anew."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ LEVEL = {
     "report": 8,
     "export": 8,
     "doctor": 8,
+    "tune": 8,
     "demo": 8,
     "cli": 9,
     "__main__": 10,
@@ -41,7 +42,7 @@ LEVEL = {
 # The data know nothing of the networks, and a kernel nothing of anything.
 ONLY = {"kernels": {"kernels"}, "data": {"data", "_check", "_files"}}
 HEAVY = {
-    *("kornia", "caustics", "matplotlib", "torchmetrics", "lightning_utilities", "typer", "rich"),
+    *("caustics", "matplotlib", "torchmetrics", "lightning_utilities", "typer", "rich"),
     *("onnx", "onnxruntime", "onnxscript", "tensorboard", "triton", "escnn", "einops", "sklearn"),
     *("lenstronomy", "scipy", "PIL", "tomli_w", "tomli"),
 }

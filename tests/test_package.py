@@ -63,11 +63,17 @@ def _modules() -> set[str]:
     return files | {f"eqcvt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
+def _data() -> set[str]:
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "eqcvt" / "weights").glob("*/*")}
+    tables = {f"eqcvt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.json")}
+    return files | tables | {"eqcvt/py.typed"}
+
+
 def test_wheel_holds_every_module_and_nothing_else(built: tuple[set[str], Path]) -> None:
     names = {n for n in zipfile.ZipFile(built[1]).namelist() if ".dist-info/" not in n}
     pure = same_settings()["EQCVT_NATIVE"] == "0"
     extension = set() if pure else {f"eqcvt/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
-    assert names == _modules() | {"eqcvt/py.typed", f"eqcvt/kernels/{PROBE}"} | extension
+    assert names == _modules() | _data() | {f"eqcvt/kernels/{PROBE}"} | extension
     assert built[1].name.endswith("-none-any.whl") == pure
 
 
@@ -90,7 +96,7 @@ def test_wheel_carries_licence_command_and_metadata(built: tuple[set[str], Path]
 def test_sdist_holds_what_a_build_needs_and_no_tests(built: tuple[set[str], Path]) -> None:
     members = built[0]
     native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    wanted = _modules() | native | set(FILES) | {"eqcvt/py.typed", f"eqcvt/kernels/{PROBE}"}
+    wanted = _modules() | _data() | native | set(FILES) | {f"eqcvt/kernels/{PROBE}"}
     assert wanted | {"csrc/cpu/probe.h"} <= members
     assert {m.split("/")[0] for m in members}.isdisjoint({"tests", "bench", "examples", "kernels"})
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.main import get_command
 
+from eqcvt import list_pretrained, pretrained_folder
 from eqcvt.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +60,19 @@ def test_the_table_of_the_demo_is_the_recorded_one() -> None:
             f"{rotation['std_45']:.2f}",
             f"{rotation['residual_group']:.1e}",
             f"{result['seconds']:.0f}",
+        ]
+
+
+def test_what_the_shipped_models_reach_is_on_their_cards() -> None:
+    for name in list_pretrained():
+        card = json.loads((pretrained_folder(name) / "card.json").read_text())
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
+            str(card["trained"]["epochs"]),
+            f"{100 * card['test']['accuracy']:.1f} %",
+            f"{card['test']['auc'][-1]:.3f}",
+            f"{card['test']['std_45']:.2f}",
+            f"{card['test']['residual_group']:.1e}",
         ]
 
 

@@ -202,8 +202,10 @@ struct Dropout {
 
     // The host's side; with p = 0 the generator is not run.
     static Dropout of(const void* seed, double p, uint32_t stream) {
-        return {static_cast<const int64_t*>(seed), stream, static_cast<uint32_t>(p * 4294967296.0),
-                p > 0 ? static_cast<float>(1 / (1 - p)) : 1.0f};
+        const double threshold = p * 4294967296.0;
+        return {static_cast<const int64_t*>(seed), stream,
+                threshold < UINT32_MAX ? static_cast<uint32_t>(threshold) : UINT32_MAX,
+                p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f};
     }
     __device__ bool off() const { return factor == 1.0f; }
     __device__ uint4 words(int64_t block) const {

@@ -1,6 +1,6 @@
 """The command line: ``eqcvt simulate | train | evaluate | predict | export | ...``."""
 
-from eqcvt.cli import demo, evaluate, inspect, simulate, train, use
+from eqcvt.cli import demo, evaluate, inspect, predict, simulate, train, tune, use
 from eqcvt.cli.app import app
 
-__all__ = ["app", "demo", "evaluate", "inspect", "simulate", "train", "use"]
+__all__ = ["app", "demo", "evaluate", "inspect", "predict", "simulate", "train", "tune", "use"]

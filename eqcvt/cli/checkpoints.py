@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eqcvt.models import VisionModel
+from eqcvt._check import choice
+from eqcvt.models import VisionModel, list_pretrained, pretrained_folder
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Loaded:
         name: a short name for tables and pictures.
         folder: the checkpoint folder.
         run: the run folder it belongs to, if any.
+        packaged: whether it came with the package and was given by name.
         classes: names of the classes; empty where they are not known.
         device: where the model is.
     """
@@ -29,24 +32,29 @@ class Loaded:
     name: str
     folder: Path
     run: Path | None
+    packaged: bool
     classes: tuple[str, ...]
     device: torch.device
 
 
 def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
-    """Load the model of a checkpoint folder, or the best (or last) one of a run folder.
+    """Load the model that ``path`` means (see ``checkpoint_folder``).
+
+    Under torchrun, ``auto`` and ``cuda`` stand for the process's own GPU.
 
     Raises:
         FileNotFoundError: the folder, or a model in it, does not exist.
-        ValueError: the files are damaged or no model of ours, or the device does not exist.
+        ValueError: no such name, the files are damaged or no model of ours, or the device does not
+            exist.
     """
     import eqcvt
     from eqcvt.nn import set_backend
     from eqcvt.train.distributed import resolve_device
     from eqcvt.train.loop import CLASSES
 
-    where = resolve_device(device)
+    where = resolve_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     folder = checkpoint_folder(path, last=last)
+    packaged = not path.exists()
     run = folder.parent if folder.name in ("best", "last") else None
     model = eqcvt.load_model(folder).to(where).eval()
     set_backend(model, None)  # the fastest there is, or what EQCVT_BACKEND names
@@ -57,11 +65,18 @@ def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
             break
     if len(names) != int(model.config["num_classes"]):
         names = ()
-    return Loaded(model, display_name(model.config), folder, run, names, where)
+    return Loaded(model, display_name(model.config), folder, run, packaged, names, where)
 
 
 def checkpoint_folder(path: Path, *, last: bool = False) -> Path:
-    """Return the folder with the model's files that ``path`` means."""
+    """Return the folder with the model's files that ``path`` means.
+
+    ``path`` is a checkpoint folder, a run folder, whose best (or last) model is meant, or, where
+    there is no such folder, the name of a trained model that comes with the package.
+    """
+    names = list_pretrained()
+    if not path.exists() and names and len(path.parts) == 1:
+        return pretrained_folder(choice(f"no folder {path}, and a trained model", str(path), names))
     if not path.exists():
         raise FileNotFoundError(f"no folder {path}: give a run folder or a checkpoint folder")
     if not path.is_dir():
@@ -74,6 +89,12 @@ def checkpoint_folder(path: Path, *, last: bool = False) -> Path:
     raise FileNotFoundError(
         f"{path} holds no model: neither model.safetensors nor {chosen.name}/model.safetensors"
     )
+
+
+def help_text(what: str) -> str:
+    """Return the help of an argument that ``load`` reads: what it may be, and the names."""
+    names = ", ".join(list_pretrained())
+    return f"{what}{f', or a trained model that comes with eqcvt: {names}' if names else ''}."
 
 
 def display_name(config: dict[str, Any]) -> str:

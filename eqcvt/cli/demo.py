@@ -34,6 +34,9 @@ def demo(
     title = f"{chosen.test_images} held-out images; residual over quarter turns"
     screen.print(report.summary(content["models"], title=title, full=False))
     screen.print(verdict(content["models"]), markup=False, soft_wrap=True)
+    if content["packaged"]:
+        title = f"trained models that come with eqcvt, {chosen.test_images} fresh images"
+        screen.print(report.summary(content["packaged"], title=title, full=False))
     screen.print(
         f"{content['seconds']:.0f} s; pictures in {out / 'pictures'}, numbers in {out / RESULTS}",
         markup=False,

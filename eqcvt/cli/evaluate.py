@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eqcvt.cli.app import app, console
-from eqcvt.cli.checkpoints import Loaded, distinct, load
+from eqcvt.cli.checkpoints import Loaded, distinct, help_text, load
 from eqcvt.cli.use import DeviceOption, LastOption
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def evaluate(
     *,
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="Run or checkpoint folders.")
+        list[Path],
+        typer.Argument(metavar="MODEL...", help=help_text("Run or checkpoint folders")),
     ],
     data: Annotated[
         Path | None,
@@ -29,10 +30,11 @@ def evaluate(
         str | None, typer.Option(help="Of an ML4SCI folder: train | val; both if not given.")
     ] = None,
     compare: Annotated[
-        list[Path] | None, typer.Option(help="Another run or checkpoint folder; may be repeated.")
+        list[Path] | None, typer.Option(help="Another MODEL; may be repeated.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results  [MODEL/evaluation]")
+        Path | None,
+        typer.Option(help="Folder for the results  [MODEL/evaluation, or NAME-evaluation]"),
     ] = None,
     last: LastOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
@@ -63,7 +65,8 @@ def evaluate(
     results = report.evaluate_models(
         nets, images, device=where, batch_size=batch_size, progress=screen.print
     )
-    folder = out or (first.run or first.folder) / "evaluation"
+    beside = Path(f"{first.folder.name}-evaluation")  # nothing is written into the package
+    folder = out or (beside if first.packaged else (first.run or first.folder) / "evaluation")
     screen.print(report.summary(results, title=f"{len(images)} images of {source}"))
     for name, result in results.items():
         table = Table("true class", title=f"{name}: confusion")

@@ -43,6 +43,9 @@ def doctor(*, as_json: JsonOption = False) -> None:
     for name, value in found["variables"].items():
         out.print(f"{name}={value}", markup=False)
     out.print(f"native extension: {_state(found['native'])}", markup=False, soft_wrap=True)
+    for proof in found["proofs"]:
+        line = f"GPU kernels proven on {proof['device']}: {proof['file']}: {proof['state']}"
+        out.print(line, markup=False, soft_wrap=True)
     backends = Table("op", "device", "backend", "chosen", "why", title="Backends")
     backends.title_justify = "left"
     for row in found["backends"]:

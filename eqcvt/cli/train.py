@@ -22,7 +22,7 @@ EXTRA_HELP = {
     "tensorboard": "also write TensorBoard's files",
     "step_gamma": "factor of the step schedule",
 }
-SWITCHES = ("deterministic", "compile", "sync_batch_norm", "tensorboard")
+SWITCHES = ("deterministic", "compile", "cuda_graph", "sync_batch_norm", "tensorboard")
 
 
 def _helps() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``eqcvt predict``, ``eqcvt export`` and ``eqcvt convert``: trained models put to use."""
+"""``eqcvt export`` and ``eqcvt convert``, and the options that commands on a model share."""
 
 from __future__ import annotations
 
@@ -6,67 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from eqcvt.cli.app import app, console, note
-from eqcvt.cli.checkpoints import load
+from eqcvt.cli.app import app, console
+from eqcvt.cli.checkpoints import help_text, load
 
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A run folder or a checkpoint folder.")
+    Path, typer.Argument(metavar="MODEL", help=help_text("A run folder or a checkpoint folder"))
 ]
 LastOption = Annotated[
     bool, typer.Option("--last", help="Of a run take the last epoch, not the best.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:i")]
-
-
-@app.command()
-def predict(
-    *,
-    model: ModelArgument,
-    images: Annotated[list[Path], typer.Argument(help="Files or folders of png, jpg, npy or npz.")],
-    out: Annotated[Path | None, typer.Option(help="Write a .csv or .json file.")] = None,
-    fit: Annotated[
-        str, typer.Option(help="For images of another size: crop | pad | resize | refuse.")
-    ] = "crop",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
-    rows: Annotated[int, typer.Option(min=0, help="Largest number of rows to print.")] = 50,
-    last: LastOption = False,
-    device: DeviceOption = "auto",
-) -> None:
-    """Print the class probabilities of images."""
-    from eqcvt._check import choice
-    from eqcvt.predict import predict as run
-    from eqcvt.predict import write_predictions
-
-    if out is not None:
-        choice("the ending of --out", out.suffix, (".csv", ".json"))
-    found = load(model, last=last, device=device)
-    predictions = []
-    warned: set[str] = set()
-    for p in run(
-        found.model,
-        images,
-        classes=found.classes,
-        fit=fit,
-        batch_size=batch_size,
-        device=found.device,
-    ):
-        predictions.append(p)
-        if p.note and p.note not in warned:
-            warned.add(p.note)
-            note(f"warning: {p.name}: {p.note}")
-    table = Table("image", "class")
-    for name in predictions[0].probabilities:
-        table.add_column(name, justify="right")
-    for p in predictions[:rows]:
-        table.add_row(p.name, p.label, *(f"{v:.4f}" for v in p.probabilities.values()))
-    if rows:
-        console().print(table)
-    if len(predictions) > rows:
-        console().print(f"{len(predictions)} images, {rows} shown")
-    if out is not None:
-        console().print(f"wrote {write_predictions(predictions, out)}", soft_wrap=True)
 
 
 @app.command()

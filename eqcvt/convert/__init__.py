@@ -20,7 +20,7 @@ from eqcvt.convert.files import read_state
 from eqcvt.convert.layout import read_layout
 from eqcvt.models import CvT, EqCvT, VisionModel
 
-__all__ = ["AuthorModel", "from_escnn", "load_published", "to_escnn"]
+__all__ = ["AuthorModel", "from_escnn", "is_published", "load_published", "to_escnn"]
 
 
 def load_published(
@@ -73,6 +73,18 @@ def load_published(
     )
     model = build_model(state, read_layout(state, source), settings, source)
     return model.eval()
+
+
+def is_published(module: nn.Module) -> bool:
+    """Whether a module has its transformer blocks where the published models have them.
+
+    :func:`from_escnn` takes such a module, or says what of it has no counterpart here.
+    """
+    try:
+        module.get_submodule("layers.0.2.layers.0.0.fn.to_q")
+    except AttributeError:
+        return False
+    return True
 
 
 def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | CvT:

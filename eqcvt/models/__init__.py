@@ -3,6 +3,23 @@
 from eqcvt.models._base import VisionModel
 from eqcvt.models.cvt import CvT
 from eqcvt.models.eqcvt import EqCvT
-from eqcvt.models.registry import create_model, list_models, load_model
+from eqcvt.models.registry import (
+    create_model,
+    list_models,
+    list_pretrained,
+    load_model,
+    load_pretrained,
+    pretrained_folder,
+)
 
-__all__ = ["CvT", "EqCvT", "VisionModel", "create_model", "list_models", "load_model"]
+__all__ = [
+    "CvT",
+    "EqCvT",
+    "VisionModel",
+    "create_model",
+    "list_models",
+    "list_pretrained",
+    "load_model",
+    "load_pretrained",
+    "pretrained_folder",
+]

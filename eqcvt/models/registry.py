@@ -1,4 +1,4 @@
-"""Models by name, and models from a folder."""
+"""Models by name, models from a folder, and the trained models that come with the package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from eqcvt import _check
 from eqcvt.models._base import CONFIG, WEIGHTS, VisionModel, read_config, read_weights
 from eqcvt.models.cvt import CVT_13_STAGES, CvT
 from eqcvt.models.eqcvt import EqCvT
+
+PRETRAINED = Path(__file__).resolve().parents[1] / "weights"
 
 ARCHITECTURES: dict[str, type[VisionModel]] = {"EqCvT": EqCvT, "CvT": CvT}
 
@@ -86,3 +88,43 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> VisionModel:
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} does not fit {name} of this version: {error}") from None
     return model.to(device).eval()
+
+
+def list_pretrained() -> list[str]:
+    """Return the names that :func:`load_pretrained` knows; none where no weights were packaged."""
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{WEIGHTS}"))
+
+
+def pretrained_folder(name: str) -> Path:
+    """Return the folder of a trained model that comes with the package.
+
+    It holds what ``save_pretrained`` writes, ``classes.json`` (the names of the classes) and
+    ``card.json`` (what the model was trained on, how, and what it reached).
+
+    Raises:
+        ValueError: on an unknown name (the nearest is named), or where no weights were packaged.
+    """
+    names = list_pretrained()
+    if not names:
+        raise ValueError(
+            f"there is no trained model {name!r}: this installation of eqcvt carries none; train "
+            f"one, or load a folder with eqcvt.load_model"
+        )
+    return PRETRAINED / _check.choice("trained model", name, names)
+
+
+def load_pretrained(name: str, *, device: str = "cpu") -> VisionModel:
+    """Load a trained model that comes with the package; nothing is downloaded.
+
+    Args:
+        name: one of :func:`list_pretrained`, such as ``"eqcvt-deeplense"``.
+        device: where to put the model.
+
+    Returns:
+        The model in evaluation mode. :func:`pretrained_folder` has its classes and its card, and is
+        what ``eqcvt.fast.EqCvT.from_pretrained`` takes.
+
+    Raises:
+        ValueError: as :func:`pretrained_folder`.
+    """
+    return load_model(pretrained_folder(name), device=device)

@@ -39,6 +39,10 @@ def supports(
             return f"filters of {bank.shape[-1]} pixels are wider than {LARGEST_FILTER}"
         if blur is not None and blur.shape[-1] > LARGEST_BLUR:
             return f"a blur of {blur.shape[-1]} pixels is wider than {LARGEST_BLUR}"
+        # Offsets are 64-bit from image to image and 32-bit within one.
+        height, width = x.shape[2] + 2 * padding, x.shape[3] + 2 * padding
+        if height * width * max(x.shape[1], bank.shape[0] * bank.shape[1]) >= 2**31:
+            return f"images of {x.shape[2]}x{x.shape[3]} pixels are too large for 32-bit offsets"
     return None
 
 

@@ -2,8 +2,8 @@
 
 A backend is a module per op (``eqcvt.native.lift``, ``eqcvt.kernels.lift``) with one function for
 each torch op of :mod:`eqcvt.ops._register` and ``supports(...) -> reason or None``. With ``"auto"``
-the first that can is taken and every refusal is logged once; a backend asked for by name that
-cannot raises with its reason.
+the first that can is taken and every refusal is logged once; on a GPU it must be proven there as
+well (:mod:`eqcvt.ops._proof`). A backend asked for by name that cannot raises with its reason.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 import torch
 
 from eqcvt import _check
+from eqcvt.ops import _proof
 
 log = logging.getLogger("eqcvt")
 
 BACKENDS = ("auto", "reference", "native", "triton")
 ORDER = {"cuda": ("triton", "native", "reference"), "cpu": ("native", "reference")}
 OPS = ("conv_attention", "lift", "mlp_block", "token_embed")
-# The automatic choice leaves out what has only been run under an interpreter or an emulator.
-UNPROVEN = {("triton", "cuda"), ("native", "cuda")}
 
 _requested = os.environ.get("EQCVT_BACKEND") or "auto"
 _refusals: set[tuple[str, str, str]] = set()
+_warned: set[str] = set()
 _modules: dict[str, dict[str, ModuleType]] = {"native": {}, "triton": {}}
 
 
@@ -94,7 +94,31 @@ def _unavailable(backend: str, device: str) -> str | None:
         package = {"native": "native", "triton": "kernels"}[backend]
         for op in OPS:
             _modules[backend][op] = importlib.import_module(f"eqcvt.{package}.{op}")
+        if backend == "triton" and device == "cuda":
+            from eqcvt.kernels import launches
+
+            launches.install(_proof.tuned_launches())
     return reason
+
+
+def _unproven(op: str, backend: str, device: str) -> str | None:
+    """Return why the automatic choice leaves a backend out for want of a proof, or None."""
+    if device != "cuda":
+        return None
+    reason = _proof.why_not(op, backend)
+    return reason and f"{reason}; EQCVT_BACKEND={backend} takes it all the same"
+
+
+def _warn_of_plain_pytorch(op: str, device: str) -> None:
+    """Say once that a GPU runs without kernels which are there and only lack a proof."""
+    if _warned:
+        return
+    for backend in _candidates(device)[:-1]:
+        reason = _unproven(op, backend, device)
+        if reason is not None and _unavailable(backend, device) is None:
+            _warned.add(device)
+            log.warning("%s on %s: plain PyTorch, not %s: %s", op, device, backend, reason)
+            return
 
 
 def _exporting() -> bool:
@@ -103,9 +127,9 @@ def _exporting() -> bool:
 
 
 # What torch.compiler.assume_constant_result does, which would import the whole compiler here. Of
-# the second, because dynamo itself takes is_exporting() for true in torch.compile (torch 2.11).
-_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# the last, because dynamo itself takes is_exporting() for true in torch.compile (torch 2.11).
+for _constant in (_unavailable, _unproven, _warn_of_plain_pytorch, _exporting):
+    _constant._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _why_not_native(device: str) -> str | None:
@@ -136,12 +160,6 @@ def _candidates(device: str) -> tuple[str, ...]:
     return ORDER.get(device, ("reference",))
 
 
-def _unproven(backend: str, device: str) -> str | None:
-    if (backend, device) not in UNPROVEN:
-        return None
-    return f"its kernels have not run on a GPU yet; EQCVT_BACKEND={backend} takes them all the same"
-
-
 def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
     """Return, for each op, device and backend, whether it can be used, is chosen, and why not.
 
@@ -160,7 +178,8 @@ def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
             for backend in _candidates(device):
                 reason = None if backend == "reference" else _unavailable(backend, device)
                 available = reason is None
-                reason = reason or _unproven(backend, device)
+                if backend != "reference":
+                    reason = reason or _unproven(op, backend, device)
                 take = reason is None and not chosen
                 rows.append(Choice(op, device, backend, available, take, reason))
                 chosen = chosen or take
@@ -194,7 +213,7 @@ def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], 
     for candidate in _candidates(device):
         if candidate == "reference":
             break
-        reason = _unproven(candidate, device) or _unavailable(candidate, device)
+        reason = _unproven(op, candidate, device) or _unavailable(candidate, device)
         reason = reason or supports(_modules[candidate][op])
         if reason is None:
             return candidate
@@ -202,4 +221,5 @@ def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], 
         if not torch.compiler.is_compiling() and (op, candidate, reason) not in _refusals:
             _refusals.add((op, candidate, reason))
             log.info("%s on %s: not %s, %s", op, device, candidate, reason)
+    _warn_of_plain_pytorch(op, device)
     return "reference"

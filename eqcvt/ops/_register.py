@@ -45,7 +45,9 @@ def define(
     )
 
     def run(first: Tensor, *args: Any, backend: str, **options: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        # Kernels are launched on the current device, which need not be the tensors'.
+        there = torch.cuda.device_of(first)  # type: ignore[no-untyped-call]
+        with there, torch.autocast(first.device.type, enabled=False):
             return getattr(_backend.module(op, backend), function)(first, *args, **options)
 
     def pretend(*args: Any, backend: str, **options: Any) -> Any:

@@ -392,13 +392,14 @@ def _attend_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any
     ctx.options = keyword_only_inputs
     ctx.save_for_backward(a, b, c, *params, o, lse)
     ctx.mark_non_differentiable(o, lse)
+    ctx.set_materialize_grads(False)  # no zeros of the size of o
 
 
-def _attend_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _attend_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if not ctx.options["save"]:
         raise RuntimeError("conv_attention_attend was called without save, but needs a gradient")
     a, b, c, *rest = ctx.saved_tensors
-    dy = dy.contiguous()
+    dy = zeros_if_none(dy, a)
     da, db, dc, *params = _attend_op_backward(
         dy, a, b, c, *rest, dropout=ctx.options["dropout"], backend=ctx.options["backend"]
     )
@@ -422,7 +423,7 @@ def _fold(w: Pointwise, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     """Return ``wq [h, D, D]``, ``bq [h, D]``, ``wo [h, D, D]`` and ``bo [D]``.
 
     Queries become ``a wq + bq`` and results ``o wo + bo``. The bias of the keys is left out: it
-    adds the same to all scores of a query, which the softmax does not see.
+    adds the same to all scores of a query, which the softmax does not see. Its gradient is zero.
     """
     q, k, v, out = (t.to(dtype) for t in w[:4])
     width, dim = q.shape
@@ -436,6 +437,9 @@ def _fold(w: Pointwise, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     if w.q_bias is not None:
         bias = w.q_bias.to(dtype).reshape(heads, 1, head_dim)
         bq = scale * (bias @ k).squeeze(1)
+    if w.k_bias is not None:
+        # Zero but there: parallel training waits for a gradient of every parameter.
+        bq = bq + 0 * w.k_bias.to(dtype).sum()
     bo = wq.new_zeros(dim) if w.out_bias is None else w.out_bias.to(dtype)
     if w.v_bias is not None:
         bo = bo + (w.v_bias.to(dtype).reshape(heads, 1, head_dim) @ out).sum((0, 1))

@@ -304,15 +304,15 @@ def _moments_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | Non
     dmean, dvariance = (zeros_if_none(g, mean) for g in gradients[:2])
     height, width = _grid(x, bank, stride, padding)
     count = max(x.shape[0] * bank.shape[1] * height * width, 1)
-    slope = 2 * dvariance / count
-    constant = dmean / count - slope * mean
+    # The gradient by u is constant + slope u.
+    slope = dvariance * (2 / count)
+    constant = torch.addcmul(dmean / count, slope, mean, value=-1)
     dx = dbank = None
     if ctx.needs_input_grad[1]:
         if ctx.options["correlate"] is False:
             raise RuntimeError("lift_moments was called without correlate, but needs a gradient")
         view = (-1, 1, 1, 1, 1)
-        centred = ux - mean.view(view) * ones_x
-        dbank = slope.view(view) * centred + (dmean / count).view(view) * ones_x
+        dbank = torch.addcmul(slope.view(view) * ux, constant.view(view), ones_x)
     if ctx.needs_input_grad[0]:
         dx = _lift_moments_input(
             x,
@@ -400,9 +400,12 @@ def _apply_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any)
     ctx.options = keyword_only_inputs
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros of the size of the winners
 
 
-def _apply_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _apply_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
     *inputs, arg = ctx.saved_tensors
     dbank, dscale, dshift, dx = _lift_apply_backward(
         dy.contiguous(), arg, *inputs, **ctx.options, input_gradient=ctx.needs_input_grad[0]

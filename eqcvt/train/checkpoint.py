@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from eqcvt._files import replacing_folder
 from eqcvt.models import VisionModel
+from eqcvt.train.average import Average
 from eqcvt.train.config import TrainConfig
 
 FORMAT = 1
@@ -32,7 +32,9 @@ TENSORS, SCALARS = "training_state.safetensors", "training_state.json"
 
 # What may differ when a run goes on: none of these changes the numbers of the epochs to come,
 # except for rounding. The images themselves are compared by ``Progress.data``.
-FREE = frozenset({"out", "data", "val_data", "device", "tensorboard", "early_stopping", "compile"})
+FREE = frozenset(
+    {"out", "data", "val_data", "device", "tensorboard", "early_stopping", "compile", "cuda_graph"}
+)
 
 
 @dataclass
@@ -58,7 +60,7 @@ class State:
     model: VisionModel
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    average: AveragedModel | None
+    average: Average | None
     progress: Progress
 
     @property

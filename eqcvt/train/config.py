@@ -79,7 +79,9 @@ class TrainConfig:
         augment: ``rotate`` (any angle) | ``dihedral`` (exact quarter turns and flips) | ``none``.
         supersample: how many times larger the image is while ``rotate`` turns it.
         deterministic: refuse operations whose result depends on the order of threads.
-        compile: run the training step through ``torch.compile``.
+        compile: run the model through ``torch.compile``.
+        cuda_graph: replay every training step as one CUDA graph, see ``graph.py``: small batches
+            gain most. Where that cannot be, steps are taken without it and the run says why.
         sync_batch_norm: batch norm over the images of all processes.
         device: ``auto`` | ``cpu`` | ``cuda`` | ``cuda:i``.
 
@@ -114,6 +116,7 @@ class TrainConfig:
     seed: int = 0
     deterministic: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     sync_batch_norm: bool = False
     tensorboard: bool = False
     device: str = "auto"
@@ -317,6 +320,7 @@ _CHECKS: dict[str, Check] = {
     "seed": _integer(0),
     "deterministic": _boolean,
     "compile": _boolean,
+    "cuda_graph": _boolean,
     "sync_batch_norm": _boolean,
     "tensorboard": _boolean,
     "device": _device,

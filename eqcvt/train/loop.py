@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import update_bn
 
 from eqcvt._files import replacing
 from eqcvt.data import Augment, Batches, LensingImages
+from eqcvt.models import VisionModel
 from eqcvt.train import checkpoint
 from eqcvt.train.checkpoint import Progress, State
 from eqcvt.train.config import TrainConfig
 from eqcvt.train.distributed import Process, processes
 from eqcvt.train.evaluate import model_input, predict_logits
+from eqcvt.train.graph import GraphedStep
 from eqcvt.train.metrics import mean_auc
 from eqcvt.train.report import Reporter
 from eqcvt.train.schedule import learning_rate
 from eqcvt.train.setup import load_data, make_average, make_model, make_optimizer, writer
+from eqcvt.train.step import Step
 
+log = logging.getLogger("eqcvt")
 CONFIG, CLASSES, METRICS, BEST, LAST, TENSORBOARD = (
     "config.toml",
     "classes.json",
@@ -42,7 +47,7 @@ CONFIG, CLASSES, METRICS, BEST, LAST, TENSORBOARD = (
     "last",
     "tensorboard",
 )
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,11 @@ class _Run:
         torch.manual_seed(config.seed)
         model = make_model(config, data).to(process.device)
         average = make_average(model, config.ema)
+        no_graph = _no_graph(config, process)
+        graphed = config.cuda_graph and no_graph is None
         self.state = State(
             model=model,
-            optimizer=make_optimizer(model, config),
+            optimizer=make_optimizer(model, config, capturable=graphed),
             scaler=torch.amp.GradScaler(process.device.type, enabled=amp == "fp16"),
             average=average,
             progress=Progress(data=_fingerprint(data, self.validation)),
@@ -131,13 +138,16 @@ class _Run:
         self.augment = Augment(config.augment, supersample=config.supersample)
         if resume:
             checkpoint.load(self.folder / LAST, self.state, config)
-        self._wrap()
+        self.step = self._make_step(GraphedStep if graphed else Step)
         self.reporter = Reporter(
             shown=process.first and not quiet,
             steps=config.epochs * len(self.batches),
             done=self.state.progress.epoch * len(self.batches),
             batch_size=config.batch_size,
         )
+        if config.cuda_graph and no_graph is not None:
+            log.info("cuda_graph is not used: %s", no_graph)
+            self.reporter.say(f"cuda_graph is not used: {no_graph}")
         process.wait()
         logged = config.tensorboard and process.first
         self.writer = writer(self.folder / TENSORBOARD) if logged else None
@@ -150,16 +160,27 @@ class _Run:
                 checkpoint.save(self.folder / LAST, self.state, config)
         self.saved_epoch = self.state.progress.epoch
 
-    def _wrap(self) -> None:
-        """Make ``self.net``, which a training step calls: parallel and compiled if asked."""
-        if self.config.sync_batch_norm and self.process.world_size > 1:
+    def _make_step(self, kind: type[Step]) -> Step:
+        """Make the training step, of a model that is parallel and compiled if asked."""
+        config, state = self.config, self.state
+        if config.sync_batch_norm and self.process.world_size > 1:
             from eqcvt.nn import set_sync_batch_norm
 
-            for model in {self.state.model, self.state.validated}:
+            for model in {state.model, state.validated}:
                 set_sync_batch_norm(model, torch.distributed.group.WORLD)
-        self.net: Any = self.process.wrap(self.state.model)
-        if self.config.compile:
-            self.net = torch.compile(self.net)
+        net: Any = self.process.wrap(state.model)
+        if config.compile:
+            net = torch.compile(net)
+        return kind(
+            net,
+            state.optimizer,
+            loss_fn=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
+            prepare=partial(_gather, self.batches, self.augment, state.model),
+            amp=AMP_DTYPES[config.amp],
+            clip=config.clip,
+            scaler=state.scaler,
+            average=state.average,
+        )
 
     def epochs(self) -> TrainResult:
         """Train until the last epoch, or until validation no longer improves."""
@@ -242,43 +263,26 @@ class _Run:
         self.batches.set_epoch(state.progress.epoch)
         state.model.train()
         steps = len(self.batches)
-        # Both stay on the device: reading them at every step would wait for it.
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        bad_step = torch.full((), steps, device=device)
+        # They stay on the device: reading them at every step would wait for it.
+        losses = torch.zeros(steps, dtype=torch.float64, device=device)
         lr = 0.0
-        for step, (images, labels) in enumerate(self.batches):
+        for step, places in enumerate(self.batches.places()):
             lr = learning_rate(config, state.progress.epoch * steps + step, steps)
-            loss = self._step(images, labels, lr)
-            total += loss
-            bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=step))
+            loss = self._step(places, lr)
+            losses[step] = loss
             self.reporter.step(loss)
-        mean = float(self.process.sum(total)) / (steps * self.process.world_size)
+        mean = float(self.process.sum(losses.sum())) / (steps * self.process.world_size)
         if not math.isfinite(mean):
-            where = f" at step {int(bad_step) + 1} of {steps}" if int(bad_step) < steps else ""
+            bad = (~losses.isfinite()).nonzero().flatten().tolist()
+            where = f" at step {bad[0] + 1} of {steps}" if bad else ""
             raise self._not_finite("training loss", mean, where)
         return mean, lr
 
-    def _step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+    def _step(self, places: Tensor, lr: float) -> Tensor:
         """One optimiser step; returns the loss of this process's images, detached."""
-        config, state = self.config, self.state
-        with torch.no_grad():
-            x = self.augment(model_input(state.model, images))
-        with torch.autocast(
-            x.device.type, dtype=AMP_DTYPES[config.amp], enabled=config.amp != "off"
-        ):
-            loss = F.cross_entropy(self.net(x), labels, label_smoothing=config.label_smoothing)
-        for group in state.optimizer.param_groups:
+        for group in self.state.optimizer.param_groups:
             group["lr"] = lr
-        state.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(state.scaler.scale(loss))
-        if config.clip:
-            state.scaler.unscale_(state.optimizer)
-            clip_grad_norm_(state.model.parameters(), config.clip)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        if state.average is not None:
-            state.average.update_parameters(state.model)
-        return loss.detach()
+        return self.step(places)
 
     def _recalibrate(self) -> None:
         """Estimate the running statistics of the model to validate on training batches."""
@@ -340,6 +344,25 @@ def _batches(config: TrainConfig, process: Process, data: LensingImages) -> Batc
         world_size=world,
         drop_last=True,
     )
+
+
+def _gather(
+    batches: Batches, augment: Augment, model: VisionModel, places: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The images at ``places`` as the model takes them, scaled and turned, and their labels."""
+    images, labels = batches.take(places)
+    return augment(model_input(model, images)), labels
+
+
+def _no_graph(config: TrainConfig, process: Process) -> str | None:
+    """Why a CUDA graph cannot hold the training step; None where it can."""
+    if process.device.type != "cuda":
+        return f"it needs a GPU, and this run is on device {str(process.device)!r}"
+    if process.world_size > 1:
+        return f"it holds the step of a single process, and this run has {process.world_size}"
+    if config.compile:
+        return "it does not hold what compile makes; leave compile away"
+    return None
 
 
 def _claim(folder: Path, process: Process, *, resume: bool, overwrite: bool) -> None:

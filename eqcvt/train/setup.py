@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eqcvt.data import LensingImages, load, split
 from eqcvt.models import VisionModel, create_model
 from eqcvt.nn import set_backend
+from eqcvt.train.average import Average
 from eqcvt.train.config import SPLIT_SEED, TrainConfig
 
 SPLITS = ("train", "val")
@@ -67,22 +67,30 @@ def make_model(config: TrainConfig, data: LensingImages) -> VisionModel:
     return model
 
 
-def make_average(model: VisionModel, decay: float) -> AveragedModel | None:
+def make_average(model: VisionModel, decay: float) -> Average | None:
     """A copy of the model that follows it as an exponential moving average; None for decay 0.
 
     The running statistics of batch norms are averaged as the weights are: copied from the model
     they would belong to other weights than the ones they normalise for.
     """
-    if not decay:
-        return None
-    follow = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+    return Average(model, decay) if decay else None
 
 
-def make_optimizer(model: VisionModel, config: TrainConfig) -> Optimizer:
-    """Adam with L2 on every weight, or AdamW without decay for ``model.no_weight_decay()``."""
+def make_optimizer(
+    model: VisionModel, config: TrainConfig, *, capturable: bool = False
+) -> Optimizer:
+    """Adam with L2 on every weight, or AdamW without decay for ``model.no_weight_decay()``.
+
+    Args:
+        model: on its device; on a GPU all weights are updated by one kernel.
+        config: the settings.
+        capturable: whether a CUDA graph is to hold its steps.
+    """
+    fused = capturable or next(model.parameters()).is_cuda
+    kind: dict[str, Any] = {"fused": fused or None, "capturable": capturable}
     if config.optimizer == "adam":
-        return Adam(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
+        decay = config.weight_decay
+        return Adam(model.parameters(), config.lr, config.betas, weight_decay=decay, **kind)
     spared = model.no_weight_decay()
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
@@ -90,7 +98,7 @@ def make_optimizer(model: VisionModel, config: TrainConfig) -> Optimizer:
         {"params": [p for name, p in named if name in spared], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay)
+    return AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay, **kind)
 
 
 def writer(folder: Path) -> Any:

@@ -32,6 +32,16 @@ def test_batches_hold_raw_images_and_labels():
     assert (images.shape, images.dtype) == ((2, 3, 4, 4), torch.float32)
 
 
+def test_places_are_those_of_the_batches():
+    batches = Batches(numbered(50), 8, shuffle=True, seed=2, rank=1, world_size=2)
+    for places, (images, labels) in zip(batches.places(), batches, strict=True):
+        assert places.dtype == torch.int64
+        assert images[:, 0, 0, 0].tolist() == places.tolist()
+        taken = batches.take(places)
+        assert torch.equal(taken[0], images)
+        assert torch.equal(taken[1], labels)
+
+
 def test_images_and_labels_stay_together_when_shuffled():
     for images, labels in Batches(numbered(50), 8, shuffle=True):
         assert torch.equal(images[:, 0, 0, 0].long() % 2, labels)
@@ -149,6 +159,49 @@ def test_rotation_turns_counter_clockwise_about_the_centre(supersample, size):
         # Interpolation blurs; a rotation by another angle or centre is off by 0.1 and more.
         assert (turned[number] - expected[0]).abs().max() < 0.06
     assert torch.allclose(turned[1], image[1].rot90(1, (1, 2)), atol=0.06)
+
+
+def defined_rotation(image, degrees, supersample):
+    """The rotation by its definition, each step as a dense matrix in float64, [H, W] -> [H, W]."""
+
+    def enlarge(size):
+        places = (torch.arange(size * supersample).double() + 0.5) / supersample - 0.5
+        return tent(places.clamp(0, size - 1)[:, None] - torch.arange(size))
+
+    def reduce(size):
+        places = (torch.arange(size)[:, None].double() + 0.5) * supersample - 0.5
+        weights = tent((places - torch.arange(size * supersample)) / supersample)
+        return weights / weights.sum(1, keepdim=True)
+
+    def tent(distance):
+        return (1 - distance.abs()).clamp(min=0)
+
+    height, width = (size * supersample for size in image.shape)
+    y, x = (torch.arange(n).double() - (n - 1) / 2 for n in (height, width))
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    from_x = cos * x - sin * y[:, None] + (width - 1) / 2
+    from_y = sin * x + cos * y[:, None] + (height - 1) / 2
+    fine = enlarge(image.shape[0]) @ image @ enlarge(image.shape[1]).T
+    weights_x = tent(from_x[..., None] - torch.arange(width))
+    weights_y = tent(from_y[..., None] - torch.arange(height))
+    turned = torch.einsum("ijy,yx,ijx->ij", weights_y, fine, weights_x)
+    return reduce(image.shape[0]) @ turned @ reduce(image.shape[1]).T
+
+
+@pytest.mark.parametrize("supersample", [1, 2, 3])
+@pytest.mark.parametrize("size", [(9, 9), (8, 11), (1, 5)])
+def test_rotation_is_enlarging_turning_and_reducing(supersample, size):
+    batch = images(20, 2, *size, dtype=torch.float64)
+    degrees = torch.linspace(-180, 190, 20, dtype=torch.float64)
+    turned = rotate(batch, degrees, supersample)
+    for number in (0, 3, 7, 12, 19):
+        expected = [
+            defined_rotation(channel, degrees[number], supersample) for channel in batch[number]
+        ]
+        torch.testing.assert_close(turned[number], torch.stack(expected), rtol=0, atol=1e-12)
+    # White noise is the hardest image: its slopes multiply the rounding of the places.
+    single = rotate(batch.float(), degrees.float(), supersample)
+    torch.testing.assert_close(single.double(), turned, rtol=0, atol=1e-5)
 
 
 def test_angles_cover_the_circle():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,7 +55,10 @@ class Launch(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the assembler says: per thread registers and spilled bytes, per program shared bytes."""
+    """What the assembler says: per thread registers and spilled bytes, per program shared bytes.
+
+    ``serialised`` is whether each asynchronous matrix product is waited for before the next begins.
+    """
 
     kernel: str
     capability: int
@@ -63,6 +67,7 @@ class Report(NamedTuple):
     spilled: int
     shared: int
     matrix: str
+    serialised: bool
 
 
 def launches(call: Callable[[], object], capability: int = 90) -> list[Launch]:
@@ -117,6 +122,12 @@ def assemble(launch: Launch, capability: int) -> Report:
             subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True)
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        arch = f"-arch=sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [tools / "ptxas", "-v", arch, file.name, "-o", os.devnull]
+        remarks = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     matrix = sorted({m for m in ("HGMMA", "HMMA", "FFMA2") if m in code.stdout})
     return Report(
@@ -127,6 +138,7 @@ def assemble(launch: Launch, capability: int) -> Report:
         use["STACK"] + use["LOCAL"],
         compiled.metadata.shared,
         "+".join(matrix),
+        "wgmma.mma_async instructions are serialized" in remarks,
     )
 
 

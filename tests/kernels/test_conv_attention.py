@@ -7,18 +7,22 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from eqcvt.nn.backend import set_backend
+from eqcvt.nn.transformer import Block, Stage
 from tests.ops import primitives
 from tests.tolerance import assert_as_good
 
 if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import common, conv_attention, conv_attention_attend, conv_attention_weights
+    from eqcvt.kernels import common, conv_attention, conv_attention_attend, launches
     from tests.kernels import aot
 
 pytestmark = [
@@ -146,14 +150,38 @@ def test_weights_too_many_for_one_block_give_the_same(monkeypatch: pytest.Monkey
     case = Attention(heads=3, batch=1)
     _, o, lse = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
     whole = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.0)
-    launch = conv_attention_weights.CONFIG["weights", 32, "narrow"]
-    monkeypatch.setitem(launch, "BLOCK_C", 32)
-    monkeypatch.setitem(launch, "BLOCK_N", 16)
+    key = "sm80 conv_attention_weights_bwd 32 D32"
+    small = launches.table()[key] | {"BLOCK_C": 32, "BLOCK_N": 16}
     monkeypatch.setattr(common, "INTERPRETED_PROGRAMS", 1)
-    for a, b in zip(
-        conv_attention.attend_backward(*case.backward(o, lse), dropout=0.0), whole, strict=True
-    ):
+    with launches.installed({key: small}):
+        parts = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.0)
+    for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(16, 64), (32, 16)])
+def test_tiles_of_the_backward_kernels_need_not_fit(queries: int, keys: int) -> None:
+    case = Attention(queries=37, batch=1, values=True)
+    _, o, lse = conv_attention.attend(*case.forward(), dropout=0.2, save=True)
+    expected = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.2)
+    names = [f"sm80 conv_attention_attend_bwd_{kernel} 32 D32" for kernel in ("queries", "keys")]
+    own, following = (launches.table()[name] for name in names)
+    tiles = own | {"BLOCK_N": queries}, following | {"BLOCK_N": keys}
+    with launches.installed(dict(zip(names, tiles, strict=True))):
+        found = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.2)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_spoils_itself_only(value: float) -> None:
+    case = Attention(residual=False)
+    expected = conv_attention.attend(*case.forward(), dropout=0.0, save=False)[0]
+    case.a[0, 3, 2] = value
+    found = conv_attention.attend(*case.forward(), dropout=0.0, save=False)[0]
+    assert found[0, 3].isnan().all()
+    for n in (2, 4):
+        torch.testing.assert_close(found[0, n], expected[0, n])
 
 
 def test_large_scores_and_infinities_are_as_in_pytorch() -> None:
@@ -307,6 +335,37 @@ def test_second_runs_and_filled_memory_give_the_same_bits(monkeypatch: pytest.Mo
     assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
 
 
+class _Passes(TorchDispatchMode):
+    """Notes torch's own ops that make or fill something of a number of entries."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.seen = entries, Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() >= self.entries and func.namespace == "aten":
+            given = [a.data_ptr() for a in args if isinstance(a, Tensor)]
+            if func._schema.is_mutable or out.data_ptr() not in given:  # no view
+                self.seen[func.overloadpacket.__name__] += 1
+        return out
+
+
+def test_a_transformer_block_makes_no_copy_of_its_tokens() -> None:
+    block = Block(Stage(16, heads=2, head_dim=32), 0.1)
+    set_backend(block, "triton")
+    x = torch.randn(2, 16, 12, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(2, 16, 12, 9).contiguous(memory_format=torch.channels_last)
+    with _Passes(x.numel()) as passes:
+        y = block(x)
+        torch.autograd.grad(y, [x, *block.parameters()], dy)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # The sum is of the gradients on both ways past the attention.
+    assert passes.seen == {"add": 1}
+
+
 def test_an_empty_batch_gives_empty_results() -> None:
     case = Attention(batch=0)
     y, o, lse = conv_attention.attend(*case.forward(), dropout=0.2, save=True)
@@ -422,3 +481,4 @@ def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         if "attend_" in r["kernel"]:
             assert r["matrix"] == {80: "HMMA", 90: "HGMMA"}[r["capability"]], r
+            assert not r["serialised"], r

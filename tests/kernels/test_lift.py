@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tests.ops import primitives
 from tests.tolerance import assert_as_good
 
 if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import lift, lift_tile
+    from eqcvt.kernels import launches, lift, lift_blur, lift_tile
     from tests.kernels import aot
 
 pytestmark = [
@@ -124,14 +126,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def tile(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run with all taps in one tile, or with the taps in blocks."""
-    single = request.param == "one tile"
-    monkeypatch.setattr(lift_tile, "TAPS", dict.fromkeys((2, 4), 512 if single else 16))
-    monkeypatch.setattr(lift_tile, "CHUNK", dict.fromkeys((2, 4), 32))
-    lift_tile.plan.cache_clear()
-    yield request.param
-    lift_tile.plan.cache_clear()
+    limits = {"TAPS": 512 if request.param == "one tile" else 16, "CHUNK": 32}
+    plans = {k: v | limits for k, v in launches.table().items() if "lift_plan" in k}
+    with launches.installed(plans):
+        yield request.param
 
 
 tiles = pytest.mark.parametrize("tile", ["one tile", "blocks of taps"], indirect=True)
@@ -214,6 +214,38 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_pytorch(value: float, til
     mean, variance, _, _ = case.moments(lift, torch.float32)
     assert not mean.isfinite().any()
     assert variance.isnan().all()
+
+
+def test_what_a_stride_leaves_over_is_not_seen() -> None:
+    case = Case(stride=2, padding=0, height=12, width=12, fields=1, channels=1, batch=1)
+    used = case.moments(lift, torch.float32) + case.apply(lift, torch.float32)
+    case.x[..., 11, :] = case.x[..., 11] = float("nan")
+    found = case.moments(lift, torch.float32) + case.apply(lift, torch.float32)
+    for a, b in zip(found, used, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_blur_of_one_pixel_weighs_it() -> None:
+    case = Case(taps=1, height=5, width=5, channels=1, batch=1)
+    y, arg = case.apply(lift, torch.float32)
+    dy = torch.ones(y.shape, dtype=torch.float64)
+    whole = case.backward(lift, torch.float32, dy, arg, False)[0]
+    case.blur = torch.tensor([0.5], dtype=torch.float64)
+    assert torch.equal(case.apply(lift, torch.float32)[0], y / 4)
+    gradient = case.backward(lift, torch.float32, dy, arg, False)[0]
+    torch.testing.assert_close(gradient, whole / 4)
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    case = Case(height=4, width=5, channels=1, batch=1)
+    expected = case.moments(lift, torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = case.moments(lift, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_any_strides_give_the_same() -> None:
@@ -358,6 +390,86 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                     )
 
             yield label, run
+    yield "bfloat16 3x", walks
+
+
+def walks() -> None:
+    """Walk down columns with and without a blur, for groups of which a thread takes fewer."""
+    for order, taps in ((4, None), (8, 5), (16, 5)):
+        x = torch.empty(2, 3, 33, 33, dtype=torch.bfloat16, device="meta")
+        s = lift_tile.sizes(x, torch.empty(2, order, 3, 7, 7, device="meta"), 1, 1)
+        line = None if taps is None else torch.empty(taps, device="meta")
+        y = x.new_empty(2, 2, *(n - (taps or 1) + 1 for n in (s.h1, s.w1)))
+        arg = torch.empty(y.shape, dtype=torch.uint8, device="meta")
+        v = lift_blur.unblur(y, arg, line, stride=1, pool=True, s=s)
+        lift_blur.blur_and_pool(v, line, y, arg, stride=1, pool=True, s=s)
+
+
+def peaks() -> dict[str, int]:
+    """Return, for each function, the bytes it holds at most beyond what it is given and returns.
+
+    At the model's sizes: batch 128, 3x129x129, bfloat16.
+    """
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, bank, mask = new(128, 3, 129, 129, dtype=torch.bfloat16), new(10, 4, 3, 7, 7), new(129, 129)
+    conv: dict[str, Any] = {"stride": 1, "padding": 1}
+    settings = (mask, new(10), new(10), new(5))
+    block = conv | {"blur_stride": 1, "pool": True}
+    y, arg = new(128, 10, 121, 121, dtype=x.dtype), new(128, 10, 121, 121, dtype=torch.uint8)
+    calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "moments": lambda: lift.moments(x, bank, mask, correlate=True, **conv),
+        "apply": lambda: lift.apply(x, bank, *settings, **block),
+        "backward": lambda: lift.apply_backward(
+            y, arg, x, bank, *settings, **block, input_gradient=False
+        ),
+        "backward to the image": lambda: lift.apply_backward(
+            y, arg, x, bank, *settings, **block, input_gradient=True
+        ),
+    }
+    found = {}
+    for name, call in calls.items():
+        held = {"now": 0, "most": 0}
+
+        def counted(make: Callable[..., Tensor], held: dict[str, int] = held) -> Any:
+            def count(change: int) -> None:
+                held["now"] += change
+                held["most"] = max(held.values())
+
+            def made(*args: Any, **kwargs: Any) -> Tensor:
+                t = make(*args, **kwargs)
+                count(t.nbytes)
+                weakref.finalize(t, count, -t.nbytes)
+                return t
+
+            return made
+
+        # Of a tensor without data new_empty() is torch.empty() too.
+        with (
+            mock.patch.object(torch, "empty", counted(torch.empty)),
+            mock.patch.object(torch, "empty_like", counted(torch.empty_like)),
+            mock.patch.object(lift_tile, "programs", return_value=132),
+        ):
+            results: list[tuple[Tensor, ...]] = []
+            aot.launches(lambda: results.append(call()))  # noqa: B023
+        found[name] = held["most"] - sum(t.nbytes for t in results[0])
+    return found
+
+
+def test_what_a_call_holds_is_little() -> None:
+    program = f"import json; from {__name__} import peaks; print(json.dumps(peaks()))"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    found = json.loads(printed)
+    values = 128 * 40 * 125 * 128 * 2
+    assert found["moments"] < 0.3 * values
+    for name in ("apply", "backward"):
+        assert values < found[name] < 1.3 * values
+    assert max(found.values()) < 0.35 * 2**30
 
 
 def test_kernels_assemble_without_spills_within_shared_memory() -> None:

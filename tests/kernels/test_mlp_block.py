@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from eqcvt import ops
 from tests.ops import primitives
 from tests.tolerance import assert_as_good
 
@@ -146,6 +148,23 @@ def test_runs_of_tiles_sum_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "INTERPRETED_PROGRAMS", 4)
     for a, b in zip(case.run(), one, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered: list[Tensor] = []
+
+    @contextmanager
+    def device_of(t: Tensor) -> Iterator[None]:
+        entered.append(t)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    case = Case()
+    x = case.x.transpose(1, 2).unflatten(2, (19, 1))
+    ops.mlp_block(x, *case.parameters[:6], backend="triton")
+    assert [t.data_ptr() for t in entered] == [x.data_ptr()]
 
 
 def test_an_empty_batch_gives_empty_results() -> None:

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from eqcvt.native import lift
 from tests.native.cuda_emulator import CUDA, Emulated, build, new
 from tests.ops import primitives
 from tests.tolerance import assert_as_good
@@ -310,3 +312,22 @@ def test_what_does_not_fit_is_refused(native: Emulated, monkeypatch: pytest.Monk
         _apply(native, case, *args)
     with pytest.raises(AssertionError, match="status -3"):
         _moments(native, case, *args[:3])
+
+
+def test_images_beyond_32_bit_offsets_are_refused() -> None:
+    with FakeTensorMode():
+        bank = torch.empty(10, 4, 3, 7, 7)
+        reasons = [
+            lift.supports(
+                torch.empty(1, 3, size, size, device="cuda"),
+                bank,
+                None,
+                stride=1,
+                padding=1,
+                blur_stride=1,
+                pool=True,
+            )
+            for size in (129, 7300, 7400)
+        ]
+    assert reasons[:2] == [None, None]
+    assert reasons[2] == "images of 7400x7400 pixels are too large for 32-bit offsets"

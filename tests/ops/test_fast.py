@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,87 +11,17 @@ from torch.library import opcheck
 
 from eqcvt import ops, use_backend
 from eqcvt.ops import _backend
+from eqcvt.tune.cases import CALLS, mlp_block, results
 from tests.tolerance import assert_as_good
 
 pytestmark = pytest.mark.needs("native")
 OPS = ("lift", "conv_attention", "mlp_block", "token_embed")
-Call = Callable[..., list[Tensor]]
 
 
-def lift(training: bool, **options: Any) -> tuple[Call, list[Tensor]]:
-    """Return a call of the steerable block, and its differentiable inputs."""
-    fields, order, channels = 3, 4, 2
-    inputs = [torch.randn(2, channels, 19, 17), torch.randn(fields, order, channels, 5, 5) / 7]
-    inputs += [torch.rand(fields) + 0.5, torch.randn(fields) / 2]
-    running = (torch.randn(fields) / 5, torch.rand(fields) + 0.5)
-    mask, blur = torch.rand(19, 17, dtype=torch.float64), ops.blur_line(0.66)
-
-    def call(*t: Tensor) -> list[Tensor]:
-        still = None if training else tuple(r.to(t[2]) for r in running)
-        return [y for y in ops.lift(*t, still, mask, blur, padding=1, **options) if y is not None]
-
-    return call, inputs
-
-
-def conv_attention(training: bool, **options: Any) -> tuple[Call, list[Tensor]]:
-    """Return a call of the attention block, and its differentiable inputs."""
-    dim, heads, head_dim = 16, 3, 16
-    width = heads * head_dim
-    inputs = [torch.randn(2, dim, 9, 7), torch.randn(2, dim, 9, 7)]
-    for _ in range(3):
-        inputs += [torch.randn(dim, 1, 3, 3) / 3, torch.rand(dim) + 0.5, torch.randn(dim) / 2]
-    inputs += [torch.randn(width, dim) / 4 for _ in range(3)] + [torch.randn(dim, width) / 7]
-    inputs += [torch.randn(width) / 4 for _ in range(3)] + [torch.randn(dim)]
-    running = [(torch.randn(dim) / 5, torch.rand(dim) + 0.5) for _ in range(3)]
-
-    def call(*t: Tensor) -> list[Tensor]:
-        parts = []
-        for i, r in enumerate(running):
-            still = None if training else tuple(s.to(t[3]) for s in r)
-            parts.append(ops.Depthwise(*t[2 + 3 * i : 5 + 3 * i], still))
-        w = ops.Pointwise(*t[11:])
-        y, statistics = ops.conv_attention(*t[:2], *parts, w, heads=heads, **options)
-        return [y, *(s for pair in statistics if pair is not None for s in pair)]
-
-    return call, inputs
-
-
-def mlp_block(training: bool, **options: Any) -> tuple[Call, list[Tensor]]:
-    """Return a call of the MLP block, and its differentiable inputs."""
-    shapes = [(2, 16, 7, 9), (16,), (16,), (24, 16), (24,), (16, 24), (16,)]
-    inputs = [torch.randn(shape) / (4 if len(shape) == 2 else 1) for shape in shapes]
-    return lambda *t: [ops.mlp_block(*t, **options)], inputs
-
-
-def token_embed(training: bool, **options: Any) -> tuple[Call, list[Tensor]]:
-    """Return a call of the token embedding, and its differentiable inputs."""
-    shapes = [(2, 5, 13, 11), (16, 5, 3, 3), (16,), (16,), (16,)]
-    inputs = [torch.randn(shape) / (5 if shape[1:] == (5, 3, 3) else 1) for shape in shapes]
-    return lambda *t: [ops.token_embed(*t, stride=2, padding=1, **options)], inputs
-
-
-CALLS = {"lift": lift, "conv_attention": conv_attention, "mlp_block": mlp_block}
-CALLS["token_embed"] = token_embed
-
-
-def results(call: Call, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what a call gives, and the gradients of a fixed sum of the first result."""
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    outputs = call(*leaves)
-    y = outputs[0]
-    weight = torch.sin(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).view(y.shape)
-    found = torch.autograd.grad(y, leaves, weight.to(y.dtype), allow_unused=True)
-    gradients = [
-        torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)
-    ]
-    return [t.detach() for t in outputs], gradients
-
-
-def activations(op: str, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the inputs with the activations, and all parameters beside float64, in ``dtype``."""
-    count = 2 if op == "conv_attention" else 1
-    wide = torch.promote_types(dtype, torch.float32)
-    return [t.to(dtype if i < count else wide) for i, t in enumerate(inputs)]
+@pytest.fixture
+def backend() -> str:
+    """Whose kernels run; ``test_gpu`` runs tests of this file with those of GPUs."""
+    return "native"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -114,14 +43,17 @@ def test_values_and_gradients_are_as_good_as_the_reference_s(op: str, training: 
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_autocast_gives_bfloat16_and_keeps_statistics_and_gradients_in_float32(op: str) -> None:
+def test_autocast_gives_bfloat16_and_keeps_statistics_and_gradients_in_float32(
+    op: str, backend: str
+) -> None:
     torch.manual_seed(1)
     call, inputs = CALLS[op](True)
+    device = inputs[0].device.type
     with use_backend("reference"):
         exact = results(call, [t.double() for t in inputs])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             reference = results(call, inputs)
-    with use_backend("native"), torch.autocast("cpu", dtype=torch.bfloat16):
+    with use_backend(backend), torch.autocast(device, dtype=torch.bfloat16):
         actual = results(call, inputs)
     assert actual[0][0].dtype == torch.bfloat16
     assert {t.dtype for t in [*actual[0][1:], *actual[1]]} == {torch.float32}
@@ -132,10 +64,10 @@ def test_autocast_gives_bfloat16_and_keeps_statistics_and_gradients_in_float32(o
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_strided_inputs_and_gradients_give_the_same(op: str) -> None:
+def test_strided_inputs_and_gradients_give_the_same(op: str, backend: str) -> None:
     torch.manual_seed(1)
     call, inputs = CALLS[op](True)
-    with use_backend("native"):
+    with use_backend(backend):
         expected = results(call, inputs)
         x = inputs[0]
         for other in (
@@ -162,7 +94,7 @@ def test_kernels_pass_gradcheck(op: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_torch_ops_keep_their_promises(op: str) -> None:
+def test_torch_ops_keep_their_promises(op: str, backend: str) -> None:
     """Schema, fakes, gradients and static shapes, for every torch op a call makes."""
     torch.manual_seed(1)
     seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -176,7 +108,7 @@ def test_torch_ops_keep_their_promises(op: str) -> None:
             return func(*args, **(kwargs or {}))
 
     call, inputs = CALLS[op](True)
-    with use_backend("native"), Record():
+    with use_backend(backend), Record():
         results(call, inputs)
     assert len(seen) >= 2
     for func, args, kwargs in seen:
@@ -191,12 +123,12 @@ def test_torch_ops_keep_their_promises(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_compiles_as_one_graph_with_gradients_for_any_batch(op: str) -> None:
+def test_compiles_as_one_graph_with_gradients_for_any_batch(op: str, backend: str) -> None:
     torch.manual_seed(1)
     call, inputs = CALLS[op](True)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: call(*t), fullgraph=True, dynamic=True, backend="aot_eager")
-    with use_backend("native"):
+    with use_backend(backend):
         for batch in (2, 3):
             count = 2 if op == "conv_attention" else 1
             more = [torch.randn(batch, *t.shape[1:]) for t in inputs[:count]] + inputs[count:]
@@ -228,24 +160,29 @@ def test_two_runs_are_bit_equal_and_threads_change_only_rounding(op: str) -> Non
 
 
 @pytest.mark.parametrize("op", ["conv_attention", "mlp_block"])
-def test_dropout_is_torch_s_seed_s_and_the_same_backward(op: str) -> None:
+def test_dropout_is_torch_s_seed_s(op: str, backend: str) -> None:
     torch.manual_seed(1)
     call, inputs = CALLS[op](False, dropout=0.4)
-    with use_backend("native"):
+    with use_backend(backend):
         runs = []
         for seed in (3, 3, 4):
             torch.manual_seed(seed)
             runs.append(results(call, inputs))
-        assert torch.equal(runs[0][0][0], runs[1][0][0])
-        assert not torch.equal(runs[0][0][0], runs[2][0][0])
+    assert torch.equal(runs[0][0][0], runs[1][0][0])
+    assert not torch.equal(runs[0][0][0], runs[2][0][0])
+
+
+@pytest.mark.parametrize("op", ["conv_attention", "mlp_block"])
+def test_dropout_is_the_same_backward(op: str) -> None:
+    torch.manual_seed(1)
+    call, inputs = CALLS[op](False, dropout=0.4)
+    leaves = [t.double().requires_grad_() for t in inputs]
+
+    def seeded(*t: Tensor) -> Tensor:
         torch.manual_seed(3)
-        inputs[0] = inputs[0].double()
-        leaves = [t.double().requires_grad_() for t in inputs]
+        return call(*t)[0]
 
-        def seeded(*t: Tensor) -> Tensor:
-            torch.manual_seed(3)
-            return call(*t)[0]
-
+    with use_backend("native"):
         assert torch.autograd.gradcheck(seeded, leaves, fast_mode=True, atol=1e-6)
 
 

@@ -58,6 +58,7 @@ def make(**values: Any) -> TrainConfig:
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"deterministic": 1}, TypeError, "deterministic must be true or false, got int 1"),
         ({"compile": "yes"}, TypeError, "compile must be true or false, got str 'yes'"),
+        ({"cuda_graph": "on"}, TypeError, "cuda_graph must be true or false, got str 'on'"),
         ({"device": "gpu"}, ValueError, "device must be one of 'auto', 'cpu', 'cuda'"),
         ({"device": "cuda:x"}, ValueError, "device must be one of .* got 'cuda:x'"),
         ({"device": 0}, ValueError, "device must be one of .* got 0"),

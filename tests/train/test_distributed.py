@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eqcvt import native, use_backend
 from eqcvt.data import load
 from eqcvt.models import create_model, load_model
 from eqcvt.train import TrainConfig, evaluate, train
@@ -34,14 +35,18 @@ def main(*paths: str) -> None:
     torch.set_num_threads(1)
     training_setup.create_model = double_model  # type: ignore[assignment]
     for path in paths:
-        result = train(TrainConfig.from_file(path))
+        backend = Path(path).stem
+        with use_backend(backend if backend in BACKENDS else "auto"):
+            result = train(TrainConfig.from_file(path))
         Path(f"{path}.{os.environ['RANK']}.json").write_text(json.dumps(result.history))
 
 
+BACKENDS = ("reference", "native")
 SYNCED: dict[str, Any] = {
     "augment": "none",
     "sync_batch_norm": True,
-    "model_kwargs": {**TINY, "dropout": 0.0},
+    # Tokens as narrow as the native kernels take them.
+    "model_kwargs": {**TINY, "stages": [{"dim": 16, "head_dim": 16}], "dropout": 0.0},
     "ema": 0.5,
     "clip": 0.5,
     "epochs": 3,
@@ -52,11 +57,12 @@ SYNCED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs on two processes: batch norm over both, and over each alone."""
+    """A folder with runs on two processes: batch norm over both, and over each alone."""
     folder = tmp_path_factory.mktemp("two")
-    synced = config(folder, out=folder / "synced", **SYNCED)
-    alone = config(folder, out=folder / "alone", augment="rotate", epochs=1)
-    paths = [str(run.save(folder / f"{Path(run.out).name}.toml")) for run in (synced, alone)]
+    usable = BACKENDS if native.unavailable("cpu") is None else BACKENDS[:1]
+    runs = [config(folder, out=folder / backend, **SYNCED) for backend in usable]
+    runs += [config(folder, out=folder / "alone", augment="rotate", epochs=1)]
+    paths = [str(run.save(folder / f"{Path(run.out).name}.toml")) for run in runs]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "tests.train.test_distributed", *paths]
     with subprocess.Popen(
@@ -69,7 +75,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start_new_session=True,
     ) as launcher:
         try:
-            output, errors = launcher.communicate(timeout=90)
+            output, errors = launcher.communicate(timeout=240)
         except BaseException:
             # torchrun's own children would outlive it.
             os.killpg(launcher.pid, signal.SIGTERM)
@@ -79,19 +85,29 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_equal_one(
-    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder and history of the reference's run on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
+        patch.setattr(training_setup, "create_model", double_model)
+        run = train(config(folder, out=folder / "run", **SYNCED), quiet=True)
+    return run.folder, without_times(run.history)
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("native", marks=pytest.mark.needs("native"))]
+)
+def test_two_processes_equal_the_reference_on_one(
+    two: Path, one: tuple[Path, list[dict[str, Any]]], backend: str
 ) -> None:
-    monkeypatch.setattr(training_setup, "create_model", double_model)
-    one = train(config(tmp_path, out=tmp_path / "one", **SYNCED), quiet=True)
-    histories = [json.loads((two / f"synced.toml.{r}.json").read_text()) for r in (0, 1)]
+    histories = [json.loads((two / f"{backend}.toml.{r}.json").read_text()) for r in (0, 1)]
     assert without_times(histories[0]) == without_times(histories[1])
-    for row, expected in zip(histories[0], without_times(one.history), strict=True):
+    for row, expected in zip(histories[0], one[1], strict=True):
         assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-9)
     for name in ("model", "training_state"):
         first, second = (
-            load_file(run / "last" / f"{name}.safetensors")
-            for run in (tmp_path / "one", two / "synced")
+            load_file(run / "last" / f"{name}.safetensors") for run in (one[0], two / backend)
         )
         assert first.keys() == second.keys()
         for key, tensor in first.items():
@@ -112,7 +128,9 @@ def test_processes_agree_on_validation_without_common_statistics(two: Path) -> N
 
 def test_only_the_first_process_prints(two: Path) -> None:
     lines = (two / "stdout").read_text().splitlines()
-    assert [line[:9] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3", "epoch 1/1"]
+    synced = ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    runs = len(list(two.glob("*.toml"))) - 1
+    assert [line[:9] for line in lines] == [*runs * synced, "epoch 1/1"]
 
 
 def test_environment_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# One session on a machine with a GPU: builds, tests, checks, tunes, times and sanitizes, each part
+# with a time limit and its log under OUT, whatever became of the part before. A page at the end
+# says what came of each. In ten minutes fit: build, test, check; tune, sanitize; bench.
+#
+#   OUT=folder PARTS="build test check" LIMITS="test=300 check=120" PYTHON=python3 bench/gpu.sh
+set -u
+cd "$(dirname "$0")/.." || exit 2
+
+OUT=${OUT:-bench/results/session}
+PYTHON=${PYTHON:-.venv/bin/python}
+WORKERS=${WORKERS:-8}
+declare -A limits=([build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
+declare -A commands=(
+  [build]="EQCVT_NATIVE=1 EQCVT_CUDA=1 $PYTHON setup.py build_ext --inplace"
+  [test]="EQCVT_REQUIRE=cuda $PYTHON -m pytest -p no:benchmark -m gpu -n $WORKERS --dist worksteal tests"
+  [check]="$PYTHON -m eqcvt tune --check-only --jobs $WORKERS --out \"\$OUT/tuned.json\""
+  [tune]="$PYTHON -m eqcvt tune --jobs $WORKERS --minutes 2.5 --out \"\$OUT/tuned.json\""
+  [bench]="$PYTHON -m pytest bench --device cuda --must --minutes 8 --results \"\$OUT\""
+  [sanitize]="$PYTHON -m bench.sanitize --jobs $WORKERS --out \"\$OUT/sanitizer.txt\""
+)
+parts=${PARTS:-build test check tune bench sanitize}
+
+for part in $parts; do
+  if [ -z "${commands[$part]:-}" ]; then
+    echo "PARTS names $part, which is none of build test check tune bench sanitize" >&2
+    exit 2
+  fi
+done
+for limit in ${LIMITS:-}; do
+  if [ -z "${limits[${limit%%=*}]:-}" ] || ! [[ ${limit#*=} =~ ^[0-9]+$ ]]; then
+    echo "LIMITS must be a list such as \"test=300 check=120\" in seconds, got $limit" >&2
+    exit 2
+  fi
+  limits[${limit%%=*}]=${limit#*=}
+done
+
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+export OUT
+page=$OUT/summary.txt
+{
+  date -u
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1 | head -n 4
+  "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' 2>&1 | tail -n 1
+} >"$page"
+failed=0
+for part in $parts; do
+  echo "$part: ${commands[$part]}"
+  start=$SECONDS
+  # What was tuned is used from then on.
+  if [ -f "$OUT/tuned.json" ] && [ "$part" != check ] && [ "$part" != tune ]; then
+    export EQCVT_TUNED=$OUT/tuned.json
+  fi
+  timeout -k 10 "${limits[$part]}" bash -c "${commands[$part]}" >"$OUT/$part.log" 2>&1
+  code=$?
+  result="ok"
+  if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+    result="stopped after its ${limits[$part]} s"
+  elif [ "$code" -ne 0 ]; then
+    result="failed with $code"
+  fi
+  [ "$code" -eq 0 ] || failed=1
+  {
+    printf '\n%s: %s, %d s, %s\n' "$part" "$result" $((SECONDS - start)) "$OUT/$part.log"
+    grep -v '^[[:space:]]*$' "$OUT/$part.log" | tail -n 5 | cut -c 1-160 | sed 's/^/  /'
+  } | tee -a "$page"
+done
+echo
+echo "======== $page"
+cat "$page"
+exit $failed

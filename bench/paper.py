@@ -1,0 +1,330 @@
+"""The paper's table from nothing: simulate, train, evaluate, draw. ``make paper`` on a GPU.
+
+Every model is trained with every recipe and seed on each simulated set, and measured on a test
+split that no training saw. Each part is kept in the output folder, so the same command goes on
+where an earlier one stopped::
+
+    python -m bench.paper                              # all of it, which asks for a GPU
+    python -m bench.paper --set deeplense --model eqcvt --model cvt --recipe ours --seeds 1 \\
+        --epochs 6 --batch-size 16                     # hours on two CPU cores
+    python -m bench.paper ... --ship                   # and put the best models into eqcvt/weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.origin import commit, device_name
+from eqcvt import demo, load_model, plots, report
+from eqcvt._check import choice
+from eqcvt._files import replacing_folder
+from eqcvt.data import load, simulate
+from eqcvt.models import VisionModel
+from eqcvt.models.registry import PRETRAINED
+from eqcvt.nn import set_backend
+from eqcvt.train import TrainConfig, train
+from eqcvt.train.config import RECIPES
+from eqcvt.train.distributed import resolve_device
+
+SETS = ("deeplense", "control")
+# Name, registry name, peak learning rate of our recipe; the demonstration's where it has them.
+MODELS = {
+    "eqcvt": ("EqCvT", *demo.MODELS["EqCvT"]),
+    "exact": ("EqCvT exact", *demo.MODELS["EqCvT exact"]),
+    "d4": ("EqCvT D4", "eqcvt_d4", demo.MODELS["EqCvT"][1]),
+    "cvt": ("CvT", *demo.MODELS["CvT"]),
+}
+TRAIN_SEED, TEST_SEED = 1, 2
+SHIPPED = ("eqcvt", "cvt")
+ORIGIN = ("command", "commit", "device", "threads", "versions")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What is run; the defaults are the whole table.
+
+    Attributes:
+        out: folder for data, runs, pictures and ``results.json``.
+        sets, models, recipes: names from ``SETS``, ``MODELS`` and ``RECIPES``.
+        seeds: runs of each, with the seeds 0, 1, ...
+        images: simulated for training, a tenth of them for validation.
+        test_images: simulated with another seed, for the final numbers.
+        size: pixels a side.
+        epochs, batch_size: the same for every run; the poster's recipe has 40 epochs.
+        device: ``auto`` | ``cpu`` | ``cuda``; on a GPU training is in bfloat16 and graphed.
+    """
+
+    out: Path = Path("paper")
+    sets: tuple[str, ...] = SETS
+    models: tuple[str, ...] = tuple(MODELS)
+    recipes: tuple[str, ...] = ("ours", "poster")
+    seeds: int = 3
+    images: int = 10_000
+    test_images: int = 2000
+    size: int = 129
+    epochs: int = 40
+    batch_size: int = 64
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for what, given, allowed in (
+            ("set", self.sets, SETS),
+            ("model", self.models, tuple(MODELS)),
+            ("recipe", self.recipes, tuple(RECIPES)),
+        ):
+            for name in given:
+                choice(what, name, allowed)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the numbers depend on, as JSON."""
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k != "out"}
+        return json.loads(json.dumps(kept))
+
+    def runs(self) -> Iterator[tuple[str, str, int]]:
+        """Yield model, recipe and seed of every run on a set, the first seed of all first."""
+        for seed in range(self.seeds):
+            for recipe in self.recipes:
+                for model in self.models:
+                    yield model, recipe, seed
+
+    def folder(self, of: str, model: str, recipe: str, seed: int) -> Path:
+        """Return a run's folder."""
+        return self.out / of / "runs" / f"{model}-{recipe}-{seed}"
+
+    def config(self, of: str, model: str, recipe: str, seed: int) -> TrainConfig:
+        """Return a run's settings."""
+        gpu = resolve_device(self.device).type == "cuda"
+        _, name, lr = MODELS[model]
+        ours = {"lr": lr, "ema": 0.99, **({"amp": "bf16", "cuda_graph": True} if gpu else {})}
+        return TrainConfig.from_dict(
+            {
+                "data": str(self.out / of / "train.npz"),
+                "out": str(self.folder(of, model, recipe, seed)),
+                "model": name,
+                "batch_size": self.batch_size,
+                "seed": seed,
+                "device": self.device,
+                **RECIPES[recipe],
+                "epochs": self.epochs,
+                **(ours if recipe == "ours" else {}),
+            }
+        )
+
+
+def run(paper: Paper, say: Callable[[str], None]) -> dict[str, Any]:
+    """Do all parts that are not done yet, and write ``results.json`` after each run.
+
+    Returns:
+        The content of ``results.json``: origin, settings, ``rows`` with what each run reached, and
+        the paths of the pictures relative to the folder.
+    """
+    rows: list[dict[str, Any]] = []
+    pictures: list[Path] = []
+    kind = resolve_device(paper.device).type
+    content: dict[str, Any] = {
+        **report.origin(),
+        "device": device_name(kind),
+        "commit": commit(),
+        "settings": paper.settings(),
+    }
+    for of in paper.sets:
+        for part, count, seed in (
+            ("train", paper.images, TRAIN_SEED),
+            ("test", paper.test_images, TEST_SEED),
+        ):
+            say(f"{of}: {count} images for the {part} split")
+            path = paper.out / of / f"{part}.npz"
+            simulate(of, count, seed=seed, size=paper.size, out=path)
+        for model, recipe, seed in paper.runs():
+            say(f"{of}: {MODELS[model][0]}, recipe {recipe}, seed {seed}")
+            rows.append(_row(paper, of, model, recipe, seed))
+            report.write_json(paper.out / "results.json", content | {"rows": rows})
+        pictures += _draw(paper, of, rows)
+    content["rows"] = rows
+    content["pictures"] = [str(p.relative_to(paper.out)) for p in pictures]
+    report.write_json(paper.out / "results.json", content)
+    return content
+
+
+def _row(paper: Paper, of: str, model: str, recipe: str, seed: int) -> dict[str, Any]:
+    """Train a model or find it trained, measure its best and last epoch on the test split."""
+    folder = paper.folder(of, model, recipe, seed)
+    state, kept = folder / "last" / "training_state.json", folder / "test.json"
+    test = paper.out / of / "test.npz"
+    begun = state.is_file()
+    trained = train(
+        paper.config(of, model, recipe, seed), resume=begun, overwrite=folder.exists() and not begun
+    )
+    if not kept.is_file() or max(p.stat().st_mtime for p in (state, test)) > kept.stat().st_mtime:
+        device = resolve_device(paper.device)
+        models = {which: _model(folder / which, device) for which in ("best", "last")}
+        report.write_json(kept, report.evaluate_models(models, load(test), device=device))
+    measured = json.loads(kept.read_text(encoding="utf-8"))
+    return {
+        "set": of,
+        "model": model,
+        "recipe": recipe,
+        "seed": seed,
+        "epochs": len(trained.history),
+        "best_epoch": trained.best_epoch,
+        "val_best": trained.best_accuracy,
+        "val_last": trained.last_accuracy,
+        "seconds": sum(row["seconds"] for row in trained.history),
+        "history": trained.history,
+        "test": measured,
+    }
+
+
+def _model(folder: Path, device: Any) -> VisionModel:
+    model = load_model(folder).to(device)
+    set_backend(model, None)
+    return model
+
+
+def _draw(paper: Paper, of: str, rows: list[dict[str, Any]]) -> list[Path]:
+    """Draw the curves of all runs on a set, and the evaluation of seed 0 of our recipe."""
+    mine = [row for row in rows if row["set"] == of]
+    folder = paper.out / of / "pictures"
+    curves = {f"{MODELS[r['model']][0]} {r['recipe']} {r['seed']}": r["history"] for r in mine}
+    files = [plots.save(plots.training_curves(curves), folder / "training.png")]
+    shown = [r for r in mine if r["seed"] == 0 and r["recipe"] == paper.recipes[0]]
+    device = resolve_device(paper.device)
+    names = {
+        MODELS[r["model"]][0]: _model(
+            paper.folder(of, r["model"], r["recipe"], r["seed"]) / "best", device
+        )
+        for r in shown
+    }
+    results = {MODELS[r["model"]][0]: r["test"]["best"] for r in shown}
+    test = load(paper.out / of / "test.npz")
+    return [*files, *report.draw(names, results, test, folder, device=device)]
+
+
+# Column, its number from a row, its form.
+COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], float], str], ...] = (
+    ("val acc.\nbest, %", lambda r: 100 * r["val_best"], ".1f"),
+    ("val acc.\nlast, %", lambda r: 100 * r["val_last"], ".1f"),
+    ("test acc.\nbest, %", lambda r: 100 * r["test"]["best"]["accuracy"], ".1f"),
+    ("test acc.\nlast, %", lambda r: 100 * r["test"]["last"]["accuracy"], ".1f"),
+    ("AUC", lambda r: r["test"]["best"]["auc"][-1], ".4f"),
+    ("calibr.\nerror, %", lambda r: 100 * r["test"]["best"]["ece"], ".1f"),
+    ("std of logits\n8 x 45°", lambda r: r["test"]["best"]["rotation"]["std_45"], ".3f"),
+    ("std of logits\ngroup", lambda r: r["test"]["best"]["rotation"]["std_group"], ".2g"),
+    ("training\ns", lambda r: r["seconds"], ".0f"),
+)
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """Return the table: a row for each set, model and recipe, mean and deviation over seeds."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for head in ("set", "model", "recipe", "para-\nmeters", *(c[0] for c in COLUMNS)):
+        shown.add_column(head, justify="left" if head in ("set", "model", "recipe") else "right")
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault((row["set"], row["model"], row["recipe"]), []).append(row)
+    for (of, model, recipe), rows in groups.items():
+        parameters = f"{rows[0]['test']['best']['parameters']:,}"
+        cells = [_spread([number(r) for r in rows], form) for _, number, form in COLUMNS]
+        shown.add_row(of, MODELS[model][0], recipe, parameters, *cells)
+    return shown
+
+
+def _spread(values: list[float], form: str) -> str:
+    """Return the mean, with the standard deviation of several."""
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
+
+
+def ship(paper: Paper, content: Mapping[str, Any]) -> list[Path]:
+    """Copy the models with the best validation accuracy into the package, each with its card."""
+    written = []
+    for of in paper.sets:
+        for model in SHIPPED:
+            rows = [r for r in content["rows"] if (r["set"], r["model"]) == (of, model)]
+            if not rows:
+                continue
+            best = max(rows, key=lambda row: row["val_best"])
+            trained = paper.folder(of, model, best["recipe"], best["seed"])
+            target = PRETRAINED / f"{model}-{of}"
+            with replacing_folder(target) as folder:
+                load_model(trained / "best").save_pretrained(folder)
+                (folder / "classes.json").write_bytes((trained / "classes.json").read_bytes())
+                card = {"name": target.name, **_card(paper, content, best)}
+                report.write_json(folder / "card.json", card)
+            written.append(target)
+    return written
+
+
+def _card(paper: Paper, content: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model was trained on, how, and what it reached on the test split."""
+    config = paper.config(row["set"], row["model"], row["recipe"], row["seed"]).to_dict()
+    test = row["test"]["best"]
+    return {
+        "trained": {k: row[k] for k in ("set", "recipe", "seed", "epochs", "best_epoch")},
+        "images": paper.images,
+        "config": {k: v for k, v in config.items() if k not in ("data", "out")},
+        "seconds": row["seconds"],
+        "validation": {"accuracy": row["val_best"]},
+        "test": {
+            "images": test["n"],
+            **{k: test[k] for k in ("accuracy", "auc", "ece", "loss")},
+            **{k: test["rotation"][k] for k in ("std_45", "std_group", "residual_group")},
+        },
+        **{k: content[k] for k in ORIGIN},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _each(names: Iterable[str]) -> str:
+    return f"{' | '.join(names)}; may be given several times. [all]"
+
+
+def main(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for everything.")] = Paper.out,
+    sets: Annotated[list[str] | None, typer.Option("--set", help=_each(SETS))] = None,
+    models: Annotated[list[str] | None, typer.Option("--model", help=_each(MODELS))] = None,
+    recipes: Annotated[list[str] | None, typer.Option("--recipe", help=_each(RECIPES))] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = Paper.seeds,
+    images: Annotated[int, typer.Option(min=20, help="Training images.")] = Paper.images,
+    test_images: Annotated[int, typer.Option(min=2, help="Test images.")] = Paper.test_images,
+    size: Annotated[int, typer.Option(help="Pixels a side.")] = Paper.size,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = Paper.epochs,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = Paper.batch_size,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:i")] = Paper.device,
+    put: Annotated[bool, typer.Option("--ship", help="Put the best into eqcvt/weights.")] = False,
+) -> None:
+    """Make the paper's table, or go on making it."""
+    named = {"sets": sets, "models": models, "recipes": recipes}
+    paper = Paper(
+        out=out,
+        **{name: tuple(given) for name, given in named.items() if given},
+        seeds=seeds,
+        images=images,
+        test_images=test_images,
+        size=size,
+        epochs=epochs,
+        batch_size=batch_size,
+        device=device,
+    )
+    screen = Console(width=None if Console().is_terminal else 160)
+    content = run(paper, lambda text: screen.print(text, markup=False, soft_wrap=True))
+    screen.print(table(content))
+    for folder in ship(paper, content) if put else []:
+        screen.print(f"wrote {folder}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

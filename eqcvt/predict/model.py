@@ -1,0 +1,149 @@
+"""A model's class probabilities for a stream of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eqcvt._check import choice, integer
+from eqcvt.data import to_unit
+from eqcvt.models import VisionModel
+from eqcvt.predict.ahead import ahead
+from eqcvt.predict.images import Images
+from eqcvt.predict.read import SKIPPED, Chunk
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image.
+
+    Attributes:
+        name: the file, followed by ``[i]`` where it holds several images.
+        label: name of the most probable class; empty if the image could not be read.
+        probabilities: for each class's name its softmax probability; empty likewise.
+        note: how the image was made to fit the model, or why it could not be read; else empty.
+    """
+
+    name: str
+    label: str
+    probabilities: dict[str, float]
+    note: str = ""
+
+
+def class_names(model: VisionModel, classes: Sequence[str] = ()) -> list[str]:
+    """Return the names given, or ``class 0``, ``class 1``, ..."""
+    return list(classes) or [f"class {k}" for k in range(model.num_classes)]
+
+
+@torch.inference_mode()
+def predict(
+    model: VisionModel,
+    images: Images | Iterable[str | Path],
+    *,
+    classes: Sequence[str] = (),
+    fit: str = "crop",
+    batch_size: int = 64,
+    amp: str = "off",
+    readers: int = 4,
+) -> Iterator[Prediction]:
+    """Yield a prediction for every image, in order; a few batches are in memory at a time.
+
+    Threads read the next images while the model is at work, and on a GPU the next batch is sent
+    while the last one's results come back.
+
+    Args:
+        model: an ``EqCvT`` or ``CvT`` in eval mode; its device does the work.
+        images: files and folders (see ``find_images``), or ``Images`` of them, which may be a part
+            and pass over bad images.
+        classes: names of the classes; ``class 0``, ``class 1``, ... if empty.
+        fit: what to do with images of another size (see ``fit_image``).
+        batch_size: images per forward pass.
+        amp: ``off``, ``bf16`` or ``fp16``: autocast, the latter on a GPU only.
+        readers: threads that read and decode.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``Images.find`` and ``Images.chunks`` say.
+    """
+    integer("batch_size", batch_size)
+    dtype, weights = AMP[choice("amp", amp, AMP)], next(model.parameters())
+    device = weights.device
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("amp='fp16' needs a GPU; on the CPU use amp='bf16' or amp='off'")
+    found = images if isinstance(images, Images) else Images.find(images, readers=readers)
+    names = class_names(model, classes)
+    size, channels = model.config["image_size"], model.config["in_channels"]
+    chunks = found.chunks(channels, size, fit, readers=readers)
+    before: tuple[Chunk, Tensor] | None = None
+    for batch in ahead([_batches(chunks, batch_size, device)], threads=1, depth=2):
+        x = _unit(batch.images.to(device, non_blocking=True)).to(weights.dtype)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits = model(x)
+        # The results of a batch are waited for when the next one is on its way.
+        if before is not None:
+            yield from _answers(*before, names, found.skip_bad)
+        before = batch, logits.double().softmax(dim=-1)
+    if before is not None:
+        yield from _answers(*before, names, found.skip_bad)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Scale bytes to numbers from 0 to 1; what is floating has been scaled before."""
+    return to_unit(images) if images.dtype == torch.uint8 else images
+
+
+def _batches(
+    chunks: Iterable[Chunk], size: int, device: torch.device
+) -> Generator[Chunk, None, None]:
+    """Cut and join chunks to batches of ``size``, the last one perhaps smaller."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a thread begins on the first GPU
+    held: list[Chunk] = []
+    missing = size
+    for chunk in chunks:
+        while len(chunk) >= missing:
+            yield _joined([*held, chunk[:missing]], device)
+            chunk, held, missing = chunk[missing:], [], size
+        if len(chunk):
+            held.append(chunk)
+            missing -= len(chunk)
+    if held:
+        yield _joined(held, device)
+
+
+def _joined(chunks: Sequence[Chunk], device: torch.device) -> Chunk:
+    """Return one chunk, of one dtype, in memory that a GPU can copy from by itself."""
+    parts = [chunk.images for chunk in chunks]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [_unit(part) for part in parts]
+    images = torch.cat(parts)
+    return Chunk(
+        [name for chunk in chunks for name in chunk.names],
+        images.pin_memory() if device.type == "cuda" else images,
+        [note for chunk in chunks for note in chunk.notes],
+        [read for chunk in chunks for read in chunk.read],
+    )
+
+
+def _answers(
+    batch: Chunk, probabilities: Tensor, classes: Sequence[str], skip_bad: bool
+) -> Iterator[Prediction]:
+    """Yield the predictions of one batch."""
+    rows = zip(batch.names, batch.notes, batch.read, probabilities.tolist(), strict=True)
+    for name, note, read, row in rows:
+        if read and not all(map(math.isfinite, row)):
+            why = "the model gave a value that is not finite"
+            if not skip_bad:
+                raise ValueError(f"{name}: {why}")
+            note, read = f"{SKIPPED}: {why}", False
+        if read:
+            best = max(range(len(row)), key=row.__getitem__)
+            yield Prediction(name, classes[best], dict(zip(classes, row, strict=True)), note)
+        else:
+            yield Prediction(name, "", {}, note)

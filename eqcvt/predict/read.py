@@ -1,0 +1,231 @@
+"""Reading images: a few of an archive at a time, made to fit the model, and what of bad ones."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eqcvt._check import choice
+from eqcvt.data import read_image, to_unit
+
+FITS = ("crop", "pad", "resize", "refuse")
+ROWS = 32  # images of an archive that are read at a time
+SKIPPED = "skipped"
+
+# A file, the number of its images, and the first and the last + 1 of those to read.
+Item = tuple[Path, int, int, int]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images that follow each other.
+
+    Attributes:
+        names: of each, the file, followed by ``[i]`` where it holds several images.
+        images: [n, C, S, S], uint8, or float32 from 0 to 1.
+        notes: how each was made to fit the model, or why it could not be read.
+        read: whether each could be read; the others are zeros.
+    """
+
+    names: list[str]
+    images: Tensor
+    notes: list[str]
+    read: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: slice) -> Chunk:
+        return Chunk(self.names[rows], self.images[rows], self.notes[rows], self.read[rows])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What images are made into, and what becomes of bad ones."""
+
+    channels: int
+    size: int
+    fit: str
+    skip_bad: bool
+
+    def read(self, group: Iterable[Item]) -> Generator[Chunk, None, None]:
+        """Yield the images of a group of files."""
+        for path, count, start, stop in group:
+            try:
+                for array in _rows(path, start, stop):
+                    names = _names(path, count, start, start + len(array))
+                    yield self._chunk(path, names, array)
+                    start += len(array)
+            except Exception as error:  # decoders fail in ways of their own on damaged files
+                if not self.skip_bad:
+                    raise
+                yield self._unread(_names(path, count, start, stop), str(error))
+
+    def _chunk(self, path: Path, names: list[str], array: NDArray[Any]) -> Chunk:
+        """Return images ``[n, C, H, W]`` as the model takes them."""
+        if array.shape[1] == 3 and self.channels == 1 and (array == array[:, :1]).all():
+            array = array[:, :1]
+        if array.shape[1] != self.channels:
+            raise ValueError(
+                f"{path} has {array.shape[1]} channels, and the model takes {self.channels}: "
+                f"convert the image, or train a model on such images"
+            )
+        floats = array.dtype.kind == "f"
+        finite = np.isfinite(array).all((1, 2, 3)) if floats else np.ones(len(array), np.bool_)
+        if not finite.all():
+            if not self.skip_bad:
+                raise ValueError(f"{names[int(finite.argmin())]} holds NaN or infinity")
+            array = np.where(finite[:, None, None, None], array, np.float32(0))
+        images, note = torch.from_numpy(np.require(array, requirements=["C", "W"])), ""
+        # Grey values of the right size stay bytes until they are on the device.
+        if images.dtype != torch.uint8 or images.shape[-2:] != (self.size, self.size):
+            try:
+                images, note = fit_image(to_unit(images), self.size, self.fit)
+            except ValueError as error:
+                raise ValueError(f"{names[0]}: {error}") from error
+        read = finite.tolist()
+        notes = [note if ok else f"{SKIPPED}: it holds NaN or infinity" for ok in read]
+        return Chunk(names, images, notes, read)
+
+    def _unread(self, names: list[str], why: str) -> Chunk:
+        """Return zeros in the place of images that could not be read."""
+        shape = (len(names), self.channels, self.size, self.size)
+        images = torch.zeros(1, dtype=torch.uint8).expand(shape)
+        note = f"{SKIPPED}: {' '.join(why.split())}"
+        return Chunk(names, images, [note] * len(names), [False] * len(names))
+
+
+def _names(path: Path, count: int, start: int, stop: int) -> list[str]:
+    """Return what images of a file that holds ``count`` of them are called."""
+    return [f"{path}[{i}]" for i in range(start, stop)] if count > 1 else [str(path)]
+
+
+def fit_image(image: Tensor, size: int, how: str = "crop") -> tuple[Tensor, str]:
+    """Make ``[..., C, H, W]`` into ``[..., C, size, size]``; return it and what was done.
+
+    ``crop`` cuts out the centre of a larger image and refuses a smaller one; ``pad`` also puts a
+    smaller one in the centre of zeros; ``resize`` interpolates, which changes the pixel scale;
+    ``refuse`` refuses every other size.
+
+    Raises:
+        ValueError: the image does not fit under ``how``; the message names what would do.
+    """
+    choice("fit", how, FITS)
+    height, width = image.shape[-2:]
+    if (height, width) == (size, size):
+        return image, ""
+    shape = f"{height}x{width}"
+    if how == "resize":
+        resized = F.interpolate(
+            image.reshape(-1, *image.shape[-3:]),
+            (size, size),
+            mode="bilinear",
+            antialias=True,
+            align_corners=False,
+        ).reshape(*image.shape[:-2], size, size)
+        return resized, f"resized from {shape}: its pixel scale is not the training images'"
+    if how == "refuse":
+        raise ValueError(
+            f"the image is {shape} and the model takes {size}x{size}: "
+            f"use --fit crop, --fit pad or --fit resize"
+        )
+    if how == "crop" and min(height, width) < size:
+        raise ValueError(
+            f"the image is {shape}, smaller than the model's {size}x{size}: use --fit pad (zeros "
+            f"around it) or --fit resize (changes the pixel scale)"
+        )
+    missing = (max(size - height, 0), max(size - width, 0))
+    top, left = missing[0] // 2, missing[1] // 2
+    image = F.pad(image, (left, missing[1] - left, top, missing[0] - top))
+    top, left = (image.shape[-2] - size) // 2, (image.shape[-1] - size) // 2
+    verb = "padded" if any(missing) else "centre-cropped"
+    return image[..., top : top + size, left : left + size], f"{verb} from {shape}"
+
+
+def count_images(path: Path) -> int:
+    """Return the number of images in a file."""
+    if path.suffix.lower() != ".npz":
+        return 1
+    with _archive(path) as (_, _, shape, _):
+        return shape[0]
+
+
+def _rows(path: Path, start: int, stop: int) -> Iterator[NDArray[Any]]:
+    """Yield images ``start`` to ``stop - 1`` of a file, ``[n, C, H, W]``, uint8 or float32.
+
+    A picture or ``.npy`` is one image, read as for training; a ``.npz`` holds several,
+    ``[N, H, W]`` or ``[N, C, H, W]``, under the key ``images``, of which a few are in memory at a
+    time. Its checksum is compared only when its last image is read.
+
+    Raises:
+        ValueError: unreadable, or not numbers.
+    """
+    if path.suffix.lower() != ".npz":
+        image = read_image(path)
+        yield image.reshape(1, -1, *image.shape[-2:])
+        return
+    with _archive(path) as (file, dtype, shape, order):
+        # Only an array in C's order has its images one after the other.
+        before, step = (start, ROWS) if order == "C" else (0, shape[0])
+        width = dtype.itemsize * math.prod(shape[1:])
+        file.seek(before * width, 1)
+        while before < stop:
+            count = min(step, stop - before) if order == "C" else step
+            data = file.read(count * width)
+            if len(data) < count * width:
+                raise ValueError("'images' is truncated")
+            array = np.frombuffer(data, dtype).reshape((count, *shape[1:]), order=order)
+            array = array[max(start - before, 0) : stop - before]
+            before += count
+            yield array.astype(np.float32 if dtype.kind == "f" else np.uint8).reshape(
+                len(array), -1, *shape[-2:]
+            )
+
+
+_Header = tuple[IO[bytes], np.dtype[Any], tuple[int, ...], Literal["C", "F"]]
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[_Header]:
+    """Open the array ``images`` of a ``.npz`` file: the bytes behind its header, and the header.
+
+    Raises:
+        ValueError: no such array or no images; what goes wrong inside the block, with the path.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "images.npy" not in archive.namelist():
+                held = ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"
+                raise ValueError(f"it has no array 'images'; it holds {held}")
+            with archive.open("images.npy") as file:
+                read = _HEADERS.get(np.lib.format.read_magic(file))
+                if read is None:
+                    raise ValueError("'images' is an array with named columns")
+                shape, fortran, dtype = read(file)
+                if dtype.hasobject:
+                    raise ValueError("'images' holds pickled Python objects, which are not read")
+                if dtype.kind != "f" and dtype != np.uint8:
+                    raise ValueError(f"images must be uint8 or floating, got {dtype}")
+                if len(shape) not in (3, 4) or 0 in shape:
+                    raise ValueError(f"it holds no images: their shape is {list(shape)}")
+                yield file, dtype, shape, "F" if fortran else "C"
+    except (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+_HEADERS: dict[Any, Any] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}

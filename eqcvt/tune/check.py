@@ -1,0 +1,138 @@
+"""Whether a backend's kernels of an op are as right as plain PyTorch in one precision.
+
+``python -m eqcvt.tune.check`` makes one check in a process of its own: a kernel that breaks the
+device, or the process, spoils no other check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eqcvt.ops import _backend, _proof, use_backend
+from eqcvt.ops._tolerance import compare
+from eqcvt.tune import cases
+
+# Activations of the kernels, whether float32 products may be TF32, and what the reference computes
+# in. TF32 has the mantissa of float16, and PyTorch may do without it: float16 is its measure.
+_PRECISIONS = {
+    "float32": (torch.float32, False, torch.float32),
+    "tf32": (torch.float32, True, torch.float16),
+    "bfloat16": (torch.bfloat16, False, torch.bfloat16),
+    "float16": (torch.float16, False, torch.float16),
+}
+
+
+class Verdict(NamedTuple):
+    """Whether all results passed; the largest error over the one allowed; what was wrong."""
+
+    passed: bool
+    error: float
+    reason: str | None
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 products, or forbid them, until the block ends."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+class Judge:
+    """The exact and the reference's results of an op's calls, which kernels are compared with.
+
+    Args:
+        op: name of the op.
+        precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"``.
+        device: where the calls run.
+    """
+
+    def __init__(self, op: str, precision: str, device: str) -> None:
+        dtype, self._tf32, measure = _PRECISIONS[precision]
+        self._calls: list[tuple[str, cases.Call, list[Tensor], cases.Results, cases.Results]] = []
+        with use_backend("reference"), tf32(False):
+            for name, options in cases.CHECKED[op].items():
+                for training in (True, False):
+                    torch.manual_seed(1)
+                    with torch.device(device):
+                        call, inputs = cases.CALLS[op](training, **options)
+                    inputs = cases.activations(op, inputs, dtype)
+                    exact = cases.results(call, [t.double() for t in inputs])
+                    reference = cases.results(call, [t.to(measure) for t in inputs])
+                    label = f"{name}, {'training' if training else 'evaluation'}"
+                    self._calls.append((label, call, inputs, exact, reference))
+
+    def verdict(self, backend: str) -> Verdict:
+        """Run every call twice by a backend's kernels and compare."""
+        worst = 0.0
+        with use_backend(backend), tf32(self._tf32):
+            for label, call, inputs, exact, reference in self._calls:
+                try:
+                    first, again = (cases.results(call, inputs) for _ in range(2))
+                except Exception as error:  # whatever a compiler or a driver raises
+                    return Verdict(False, math.inf, f"{label}: {first_line(error)}")
+                for part, backward in ((0, False), (1, True)):
+                    rows = zip(first[part], again[part], exact[part], reference[part], strict=True)
+                    for index, (mine, same, true, theirs) in enumerate(rows):
+                        where = f"{label}: {'gradient' if backward else 'result'} {index}"
+                        if not torch.equal(mine, same):
+                            return Verdict(False, math.inf, f"{where} differs from run to run")
+                        # Parameters and statistics of kernels are wider than the reference's.
+                        found = compare(mine.to(theirs.dtype), true, theirs, backward=backward)
+                        if not found.as_good:
+                            wrong = f"error {found.error:.3g} exceeds {found.allowed:.3g}"
+                            return Verdict(False, math.inf, f"{where}: {wrong}")
+                        if found.allowed > 0:
+                            worst = max(worst, found.error / found.allowed)
+        return Verdict(True, worst, None)
+
+
+def first_line(error: Any) -> str:
+    """Return the type of an exception and the first line of its text."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def apart(
+    op: str, precision: str, backend: str, device: str, launches: dict[str, dict[str, int]]
+) -> Verdict:
+    """Return the verdict on kernels with these launches, found by another process."""
+    run = subprocess.run(
+        [sys.executable, "-m", "eqcvt.tune.check", op, precision, backend, device],
+        input=json.dumps(launches),
+        env={**os.environ, _proof.VARIABLE: "none"},
+        capture_output=True,
+        text=True,
+    )
+    lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines() or [""]
+    if run.returncode == 0:
+        passed, error, reason = json.loads(lines[-1])
+        return Verdict(passed, math.inf if error is None else error, reason)
+    return Verdict(False, math.inf, f"its process ended with {run.returncode}: {lines[-1]}")
+
+
+def _main(op: str, precision: str, backend: str, device: str) -> None:
+    from eqcvt.kernels import launches
+
+    if why := _backend._unavailable(backend, device):
+        raise RuntimeError(f"{backend} cannot serve {op} on {device}: {why}")
+    launches.install(json.load(sys.stdin))
+    passed, error, reason = Judge(op, precision, device).verdict(backend)
+    print(json.dumps([passed, error if passed else None, reason]))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,212 @@
+"""How every kernel is launched: one table, by device class, kernel, bits of the dtype and shape.
+
+``launches.json`` beside this file holds the table, one launch a line::
+
+    "sm90 lift_conv 16 K256": {"BLOCK_X": 64, "num_warps": 8, "num_stages": 2, "RESIDENT": 1}
+
+A device takes, launch by launch, the entry of the highest class that is not above its own compute
+capability, so 8.6, 8.9 and a class nobody has tuned are served too; Triton's interpreter takes the
+highest there is. Nothing is tuned at import and nothing depends on what ran before: processes that
+read the same files launch the same. :func:`install` lays a tuned table over the shipped one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Launch = dict[str, int]
+INTERPRETER = 10_000
+FILE = Path(__file__).parent / "launches.json"
+
+TILE = (16, 32, 64, 128)
+WARPS = {"num_warps": (1, 2, 4, 8)}
+STAGES = {"num_stages": (1, 2, 3, 4)}
+RESIDENT = {"RESIDENT": (1, 2, 3, 4)}
+# By the power of two that channels are padded to, of taps in a block, of columns to be summed.
+WIDTHS = ("D32", "D64", "D128")
+TAPS = ("K64", "K256")
+COLUMNS = ("few", "many")
+
+
+class Kernel(NamedTuple):
+    """What a launch says: fields with the values they may have, and the keys it has entries for.
+
+    BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor; the
+    rest are Triton's options.
+    """
+
+    fields: dict[str, tuple[int, ...]]
+    shapes: tuple[str, ...] = ("any",)
+    bits: tuple[int, ...] = (16, 32)
+
+
+# ``lift_plan`` is no kernel: it says how filters and taps fill the tiles of conv and sums.
+KERNELS = {
+    "lift_plan": Kernel({"ROWS": (64, 128), "TAPS": (16, 64, 128, 256, 512), "CHUNK": (32, 64)}),
+    "lift_prepare": Kernel({"BLOCK": (256, 512, 1024, 2048), **WARPS}),
+    "lift_bank": Kernel({"BLOCK": (256, 512, 1024, 2048), **WARPS}),
+    "lift_conv": Kernel(
+        {"BLOCK_M": (64, 128), "BLOCK_X": TILE, **WARPS, **STAGES, **RESIDENT}, TAPS
+    ),
+    "lift_input": Kernel({"BLOCK_P": TILE, **WARPS, **STAGES}),
+    "lift_sums": Kernel(
+        {"BLOCK_M": (64, 128), "BLOCK_X": TILE, **WARPS, **STAGES, **RESIDENT}, TAPS
+    ),
+    "lift_finish": Kernel(
+        {
+            "BLOCK": (256, 512, 1024),
+            "BLOCK_N": (8, 16, 32, 64),
+            "BLOCK_T": (16, 32, 64),
+            **WARPS,
+        },
+        bits=(32,),
+    ),
+    "lift_blur": Kernel({"BLOCK": (32, 64, 128, 256), **WARPS}),
+    "lift_unblur": Kernel({"BLOCK": (32, 64, 128, 256), **WARPS}),
+    "conv_attention_project_fwd": Kernel({"BLOCK_T": TILE, **WARPS}, WIDTHS),
+    "conv_attention_moments": Kernel(
+        {"BLOCK_ROWS": (64, 128, 256, 512), "BLOCK_C": (4, 8, 16), **WARPS}, bits=(32,)
+    ),
+    "conv_attention_project_bwd": Kernel({"BLOCK_T": TILE, **WARPS}, WIDTHS),
+    "conv_attention_keys": Kernel({"BLOCK_M": (32, 64, 128), **WARPS}, WIDTHS),
+    "conv_attention_attend_fwd": Kernel(
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS
+    ),
+    "conv_attention_attend_bwd_queries": Kernel(
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS
+    ),
+    "conv_attention_attend_bwd_keys": Kernel(
+        {"BLOCK_M": TILE, "BLOCK_N": TILE, **WARPS, **STAGES}, WIDTHS
+    ),
+    "conv_attention_weights_bwd": Kernel(
+        {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS
+    ),
+    "mlp_block_fwd": Kernel({"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES}, WIDTHS),
+    "mlp_block_bwd": Kernel(
+        {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS
+    ),
+    "token_embed_fwd": Kernel(
+        {"BLOCK_P": TILE, "BLOCK_K": (16, 32, 64), **WARPS, **STAGES}, WIDTHS
+    ),
+    "token_embed_bwd": Kernel(
+        {"BLOCK_P": TILE, "BLOCK_K": (16, 32, 64), "BLOCK_F": TILE, **WARPS, **STAGES, **RESIDENT},
+        WIDTHS,
+    ),
+    "token_embed_bwd_input": Kernel(
+        {"BLOCK_P": TILE, "BLOCK_C": (16, 32, 64), **WARPS, **STAGES}, WIDTHS
+    ),
+    "sum_rows": Kernel(
+        {"BLOCK_ROWS": (32, 64, 128, 256), "BLOCK_COLUMNS": TILE, **WARPS}, COLUMNS, bits=(32,)
+    ),
+}
+
+_installed: dict[str, Launch] = {}
+
+
+def find(kernel: str, x: Tensor, shape: str = "any") -> Launch:
+    """Return a copy of how ``kernel`` is launched on the device and for the dtype of ``x``."""
+    capability = INTERPRETER
+    if x.device.type != "cpu":
+        major, minor = torch.cuda.get_device_capability(x.device)
+        capability = 10 * major + minor
+    return dict(nearest(kernel, 8 * x.dtype.itemsize, shape, capability))
+
+
+@functools.cache
+def nearest(kernel: str, bits: int, shape: str, capability: int) -> Launch:
+    """Return the launch of the highest class up to ``capability``, 80 for 8.0; else the lowest."""
+    entries = table()
+    key = f"{kernel} {bits} {shape}"
+    classes = sorted(_class(k) for k in entries if k.endswith(f" {key}"))
+    if not classes:
+        raise KeyError(f"{FILE.name} has no launch for {key!r}")
+    below = [c for c in classes if c <= capability]
+    return entries[f"sm{below[-1] if below else classes[0]} {key}"]
+
+
+def table() -> dict[str, Launch]:
+    """Return the table in force: what is installed over what is shipped."""
+    return _shipped() | _installed
+
+
+def install(entries: Mapping[str, Any]) -> None:
+    """Lay entries over the shipped table, in place of those laid there before.
+
+    Raises:
+        ValueError: as :func:`validated`.
+    """
+    global _installed
+    _installed = validated(entries)
+    nearest.cache_clear()
+
+
+@contextmanager
+def installed(entries: Mapping[str, Any]) -> Iterator[None]:
+    """Add entries to those in force, until the block ends."""
+    before = _installed
+    install(before | dict(entries))
+    try:
+        yield
+    finally:
+        install(before)
+
+
+def width_class(width: int) -> str:
+    """Return the shape class of tiles with up to ``width`` channels."""
+    return "D32" if width <= 32 else "D64" if width <= 64 else "D128"
+
+
+def validated(entries: Mapping[str, Any]) -> dict[str, Launch]:
+    """Return entries that are launches of this version's kernels.
+
+    Raises:
+        ValueError: if a key or a field is unknown or missing, or a value is not one it may have;
+            the message names it, and what may stand there.
+    """
+    for key, launch in entries.items():
+        device, kernel, bits, shape, *rest = [*str(key).split(" "), "", "", ""]
+        if not re.fullmatch(r"sm\d+", device) or any(rest):
+            raise ValueError(
+                f"a launch is named by device class, kernel, bits and shape as in "
+                f"'sm90 lift_conv 16 K256', got {key!r}"
+            )
+        known = KERNELS[_one_of(f"{key!r}: the kernel", kernel, KERNELS)]
+        _one_of(f"{key!r}: bits", bits, map(str, known.bits))
+        _one_of(f"{key!r}: the shape class", shape, known.shapes)
+        if not isinstance(launch, dict) or launch.keys() != known.fields.keys():
+            for field in launch if isinstance(launch, dict) else ():
+                _one_of(f"{key!r}: a field", field, known.fields)
+            raise ValueError(f"{key!r} needs the fields {', '.join(known.fields)}, got {launch!r}")
+        for field, value in launch.items():
+            if type(value) is not int or value not in known.fields[field]:
+                allowed = ", ".join(map(str, known.fields[field]))
+                raise ValueError(f"{key!r}: {field} must be one of {allowed}, got {value!r}")
+    return {key: dict(launch) for key, launch in entries.items()}
+
+
+@functools.cache
+def _shipped() -> dict[str, Launch]:
+    return validated(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def _class(key: str) -> int:
+    return int(key.split(" ")[0].removeprefix("sm"))
+
+
+def _one_of(what: str, given: str, allowed: Any) -> str:
+    names = list(allowed)
+    if given in names:
+        return given
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{what} must be one of {', '.join(map(repr, names))}, got {given!r}{hint}")

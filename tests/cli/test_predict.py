@@ -1,0 +1,346 @@
+"""Prediction of many images: parts that join to the whole, bad images, streams."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.distributed import HashStore
+
+import eqcvt
+from eqcvt.predict import Images, predict, read
+from eqcvt.predict.ahead import ahead as work_ahead
+from eqcvt.predict.crew import Crew
+from tests.cli.conftest import SIZE, invoke
+from tests.train.rings import TINY
+
+COUNT = 14
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model with names for its classes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    eqcvt.EqCvT(in_channels=1, image_size=SIZE, **TINY).save_pretrained(folder)
+    (folder / "classes.json").write_text('["no_sub", "sub"]')
+    return folder
+
+
+@pytest.fixture
+def survey(tmp_path: Path) -> Path:
+    """14 images in pictures, arrays and archives."""
+    random = np.random.default_rng(0)
+    grey = random.integers(0, 255, (COUNT, SIZE, SIZE), dtype=np.uint8)
+    folder = tmp_path / "survey"
+    (folder / "b").mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(grey[i]).save(folder / f"{i}.png")
+    np.savez_compressed(folder / "b" / "seven.npz", images=grey[4:11], labels=np.zeros(7, np.uint8))
+    np.savez(folder / "one.npz", images=grey[11:12, None])
+    np.save(folder / "real.npy", grey[12].astype(np.float64))
+    np.save(folder / "wide.npy", random.integers(0, 255, (SIZE + 4, SIZE + 4), dtype=np.uint8))
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("number", [2, 3, COUNT + 2])
+def test_parts_join_to_the_whole(model: Path, survey: Path, tmp_path: Path, number: int) -> None:
+    invoke("predict", model, survey, "--out", tmp_path / "whole.csv")
+    out = tmp_path / "joined.csv"
+    arguments = ("predict", model, survey, "--out", out, "--batch-size", 3)
+    for i in reversed(range(number)):
+        text = invoke(*arguments, "--shard", f"{i}/{number}").output
+        assert f"part {i} of {number}, " in text
+    assert not out.exists()
+    assert invoke("merge", out).output == f"wrote {out}: {COUNT} images\n"
+    whole, joined = rows(tmp_path / "whole.csv"), rows(out)
+    assert [row["file"] for row in joined] == [row["file"] for row in whole]
+    assert [Path(row["file"]).name for row in whole] == [
+        *(f"{i}.png" for i in range(4)), *(f"seven.npz[{i}]" for i in range(7)),
+        "one.npz", "real.npy", "wide.npy",
+    ]  # fmt: skip
+    for a, b in zip(joined, whole, strict=True):
+        assert (a["class"], a["note"]) == (b["class"], b["note"])
+        assert float(a["sub"]) == pytest.approx(float(b["sub"]), abs=1e-6)
+    sizes = [len(rows(part)) for part in sorted((tmp_path / "joined.csv.parts").glob("*.csv"))]
+    assert sum(sizes) == COUNT
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_json_parts_join_too(model: Path, survey: Path, tmp_path: Path) -> None:
+    invoke("predict", model, survey, "--out", tmp_path / "whole.json", "--batch-size", 1)
+    out = tmp_path / "joined.json"
+    for i in range(20):  # some are empty
+        invoke("predict", model, survey, "--out", out, "--shard", f"{i}/20", "--batch-size", 1)
+    invoke("merge", out)
+    assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
+
+
+def test_a_finished_part_is_kept(model: Path, survey: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    arguments = ("predict", model, survey, "--out", out, "--shard", "1/2")
+    invoke(*arguments)
+    part = tmp_path / "out.csv.parts" / "out-00001-of-00002.csv"
+    made = part.stat().st_mtime_ns
+    assert f"part 1 of 2, 7 images, is finished: {part}" in invoke(*arguments).output
+    assert part.stat().st_mtime_ns == made
+    message = invoke(*arguments, "--fit", "resize", code=2).stderr
+    assert "made by another model, of other images or with other options" in message
+    assert part.stat().st_mtime_ns == made
+    invoke(*arguments, "--fit", "resize", "--overwrite")
+    assert "resized" in rows(part)[-1]["note"]
+    (survey / "0.png").unlink()
+    assert "of other images" in invoke(*arguments, "--fit", "resize", code=2).stderr
+
+
+def test_parts_that_are_missing_or_of_several_runs(
+    model: Path, survey: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    arguments = ("predict", model, survey, "--out", out)
+    for i in (0, 3):
+        invoke(*arguments, "--shard", f"{i}/4")
+    assert "lacks part 1, 2 of 4" in invoke("merge", out, code=2).stderr
+    invoke(*arguments, "--shard", "0/2")
+    assert "parts of runs with 2, 4 parts" in invoke("merge", out, code=2).stderr
+    for path in (tmp_path / "out.csv.parts").glob("*-of-00004*"):
+        path.unlink()
+    invoke(*arguments, "--shard", "1/2", "--fit", "resize")
+    assert "are not of one run" in invoke("merge", out, code=2).stderr
+    (tmp_path / "out.csv.parts" / "out-00001-of-00002.csv.run.json").unlink()
+    assert "says what out-00001-of-00002.csv was made of" in invoke("merge", out, code=2).stderr
+    assert not out.exists()
+
+
+def test_a_bad_image_ends_the_run_and_leaves_nothing(
+    model: Path, survey: Path, tmp_path: Path
+) -> None:
+    whole = (survey / "3.png").read_bytes()
+    (survey / "3.png").write_bytes(whole[:100])
+    out = tmp_path / "out.csv"
+    arguments = ("predict", model, survey, "--out", out, "--batch-size", 1)
+    assert "cannot read" in invoke(*arguments, code=2).stderr
+    assert not out.exists()
+    assert "3.png" in invoke(*arguments, "--shard", "0/2", code=2).stderr
+    assert not list(tmp_path.glob("out.csv.parts/*"))
+    (survey / "3.png").write_bytes(whole)
+    for i in range(2):
+        invoke(*arguments, "--shard", f"{i}/2")
+    invoke("merge", out)
+    assert len(rows(out)) == COUNT
+
+
+def damage(survey: Path) -> dict[str, str]:
+    """Spoil images; return what is to be said of each."""
+    (survey / "0.png").write_bytes(b"\x89PNG")
+    (survey / "0a.npz").write_bytes(b"no archive")
+    nan = np.full((2, SIZE, SIZE), 0.5, np.float32)
+    nan[1, 3, 3] = np.nan
+    np.savez(survey / "0b.npz", images=nan)
+    np.save(survey / "0c.npy", np.arange(3 * SIZE * SIZE, dtype=np.float32).reshape(3, SIZE, SIZE))
+    np.save(survey / "0d.npy", np.zeros((5, 5), np.uint8))
+    np.save(survey / "0e.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with (survey / "one.npz").open("r+b") as file:
+        file.seek(600)
+        file.write(b"\0\1\2\3")
+    return {
+        "0.png": "cannot read",
+        "0a.npz": "cannot read .*0a.npz: File is not a zip file",
+        "0b.npz[1]": "it holds NaN or infinity",
+        "0c.npy": "has 3 channels, and the model takes 1",
+        "0d.npy": "the image is 5x5, smaller than the model's 33x33",
+        "0e.npy": "pickled Python objects",
+        "one.npz": "Bad CRC-32",
+    }
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_bad_images_are_passed_over_where_asked(
+    model: Path, survey: Path, tmp_path: Path, number: int
+) -> None:
+    good = tmp_path / "good.csv"
+    invoke("predict", model, survey, "--out", good)
+    bad, out = damage(survey), tmp_path / "out.csv"
+    arguments = ("predict", model, survey, "--out", out, "--skip-bad", "--batch-size", 4)
+    if number == 1:
+        text = invoke(*arguments).stderr
+    else:
+        for i in range(number):
+            invoke(*arguments, "--shard", f"{i}/{number}")
+        text = invoke("merge", out).stderr
+    assert f"warning: {len(bad)} of {COUNT + 6} images could not be read" in text
+    found = {Path(row["file"]).name: row for row in rows(out)}
+    assert len(found) == COUNT + 6
+    for name, why in bad.items():
+        row = found.pop(name)
+        assert (row["class"], row["no_sub"], row["sub"]) == ("", "", "")
+        assert row["note"].startswith("skipped: ")
+        assert re.search(why, row["note"]), row["note"]
+    assert all(row["class"] for row in found.values())
+    for row in rows(good):
+        name = Path(row["file"]).name
+        if name in found:
+            assert float(found[name]["sub"]) == pytest.approx(float(row["sub"]), abs=1e-6)
+
+
+def test_a_damaged_archive_is_used_up_to_the_damage(
+    model: Path, survey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = survey / "b" / "seven.npz"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size * 5 // 7)
+        file.write(bytes(200))
+    monkeypatch.setattr(read, "ROWS", 2)
+    out = tmp_path / "out.csv"
+    invoke("predict", model, path, "--out", out, "--skip-bad")
+    labels = [bool(row["class"]) for row in rows(out)]
+    assert labels == sorted(labels, reverse=True)
+    assert (labels[0], labels[-1], len(labels)) == (True, False, 7)
+
+
+def test_archives_of_every_kind_are_read_alike(survey: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(1).random((70, 2, 5, 5)).astype(np.float32)
+    kinds: dict[str, Any] = {
+        "float32": images,
+        "float64": images.astype(np.float64),
+        "bigendian": images.astype(">f4"),
+        "fortran": np.asfortranarray(images),
+    }
+    for name, array in kinds.items():
+        path = tmp_path / f"{name}.npz"
+        np.savez_compressed(path, images=array)
+        assert read.count_images(path) == 70
+        for start, stop in ((0, 70), (33, 65), (69, 70)):
+            blocks = list(read._rows(path, start, stop))
+            assert np.array_equal(np.concatenate(blocks), images[start:stop])
+            assert name == "fortran" or max(map(len, blocks)) <= read.ROWS
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 30))
+def test_parts_are_all_images_in_order(counts: list[int], number: int) -> None:
+    files = [Path(str(i)) for i in range(len(counts))]
+    ends = np.cumsum(counts)
+    everything = Images(files, ends, 0, int(ends[-1]))
+    expected = [(str(i), k, n) for i, n in enumerate(counts) for k in range(n)]
+    found = [
+        (str(path), k, count)
+        for index in range(number)
+        for group in everything.part(index, number)._groups()
+        for path, count, start, stop in group
+        for k in range(start, stop)
+    ]
+    assert found == expected
+    sizes = [len(everything.part(index, number)) for index in range(number)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_only_a_few_images_are_in_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(300):
+        (tmp_path / f"{i:03d}.png").touch()
+    opened: list[Path] = []
+
+    def image(path: Path) -> Any:
+        opened.append(path)
+        return np.zeros((SIZE, SIZE), np.uint8)
+
+    monkeypatch.setattr(read, "read_image", image)
+    stream = predict(eqcvt.load_model(model), [tmp_path], batch_size=8, readers=2)
+    next(stream)
+    time.sleep(0.3)
+    assert len(opened) < 150
+    stream.close()  # type: ignore[attr-defined]
+    assert sum(1 for _ in predict(eqcvt.load_model(model), [tmp_path], batch_size=8)) == 300
+    assert sorted(set(opened)) == sorted(tmp_path.glob("*.png"))
+
+
+def test_low_precision_is_close(model: Path, survey: Path) -> None:
+    net = eqcvt.load_model(model)
+    exact, low = ([p.probabilities["class 0"] for p in predict(net, [survey], amp=a)]
+                  for a in ("off", "bf16"))  # fmt: skip
+    assert low == pytest.approx(exact, abs=0.02)
+    assert low != exact
+
+
+def test_threads_keep_the_order_and_pass_errors_on() -> None:
+    def task(number: int) -> Iterator[int]:
+        for i in range(20):
+            time.sleep(0.002 if number % 2 else 0)
+            if (number, i) == (5, 7):
+                raise ValueError("at 5, 7")
+            yield 20 * number + i
+
+    stream = work_ahead((task(n) for n in range(9)), threads=3, depth=2)
+    assert [next(stream) for _ in range(107)] == list(range(107))
+    with pytest.raises(ValueError, match="at 5, 7"):
+        next(stream)
+
+
+def test_threads_end_when_nobody_asks_any_more() -> None:
+    closed = threading.Event()
+
+    def task() -> Iterator[int]:
+        try:
+            yield from range(1000)
+        finally:
+            closed.set()
+
+    before = threading.active_count()
+    stream = work_ahead([task()], threads=2)
+    assert next(stream) == 0
+    stream.close()  # type: ignore[attr-defined]
+    assert closed.is_set()
+    assert threading.active_count() == before
+
+
+def test_the_first_process_waits_for_the_others() -> None:
+    first, second = crew_of_two()
+
+    def work() -> None:
+        with second.work():
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=work)
+    begun = time.perf_counter()
+    with first.work():
+        thread.start()
+    first.wait(0.01)
+    assert time.perf_counter() - begun >= 0.2
+    thread.join()
+
+
+def test_the_first_process_hears_of_a_failure() -> None:
+    first, second = crew_of_two()
+    with first.work():
+        pass
+    with pytest.raises(KeyboardInterrupt), second.work():
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="another process failed: the same command does only"):
+        first.wait(0.01)
+
+
+def crew_of_two() -> tuple[Crew, Crew]:
+    """Two processes' crews over one store."""
+    first, second, store = Crew(), Crew(), HashStore()
+    for rank, crew in enumerate((first, second)):
+        crew.rank, crew.size, crew.store = rank, 2, store
+    return first, second

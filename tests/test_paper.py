@@ -1,0 +1,73 @@
+"""The script that makes the paper's table, at a small size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import eqcvt
+from bench import paper
+from bench.paper import Paper
+
+
+def small(out: Path, **settings: object) -> Paper:
+    """Return a table that takes seconds."""
+    smallest = {"images": 40, "test_images": 8, "size": 33, "epochs": 1, "batch_size": 8}
+    chosen = {"sets": ("control",), "models": ("eqcvt", "cvt"), "recipes": ("ours",), "seeds": 2}
+    return Paper(out=out, device="cpu", **{**smallest, **chosen, **settings})  # type: ignore[arg-type]
+
+
+def text_of(content: dict[str, object]) -> str:
+    """Return the table as text."""
+    screen = Console(width=200)
+    with screen.capture() as captured:
+        screen.print(paper.table(content))
+    return captured.get()
+
+
+def test_the_table_is_made_kept_and_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    content = paper.run(small(tmp_path / "out"), said.append)
+    assert [(r["model"], r["seed"]) for r in content["rows"]] == [
+        ("eqcvt", 0), ("cvt", 0), ("eqcvt", 1), ("cvt", 1),
+    ]  # fmt: skip
+    assert all((tmp_path / "out" / p).stat().st_size > 1000 for p in content["pictures"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == content
+    rows = [line for line in text_of(content).splitlines() if "control" in line]
+    assert len(rows) == 2
+    assert "64,810" in rows[0]
+    assert rows[0].count("±") == len(paper.COLUMNS)
+
+    weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+    measured = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("test.json")}
+    assert len(measured) == 4
+    again = paper.run(small(tmp_path / "out"), said.append)
+    assert {p: p.stat().st_mtime_ns for p in [*weights, *measured]} == weights | measured
+    assert again["rows"] == content["rows"]
+
+    monkeypatch.setattr(paper, "PRETRAINED", tmp_path / "weights")
+    folders = paper.ship(small(tmp_path / "out"), content)
+    assert [f.name for f in folders] == ["eqcvt-control", "cvt-control"]
+    eqcvt.load_model(folders[0])
+    card = json.loads((folders[0] / "card.json").read_text())
+    best = max(content["rows"][::2], key=lambda row: row["val_best"])
+    assert card["trained"]["seed"] == best["seed"]
+    assert card["test"]["accuracy"] == best["test"]["best"]["accuracy"]
+    assert (folders[0] / "classes.json").is_file()
+
+
+def test_other_settings_do_not_mix_with_an_older_table(tmp_path: Path) -> None:
+    run = small(tmp_path, models=("cvt",), seeds=1)
+    paper.run(run, lambda _: None)
+    with pytest.raises(ValueError, match="epochs"):
+        paper.run(small(tmp_path, models=("cvt",), seeds=1, epochs=2), lambda _: None)
+
+
+def test_a_name_that_does_not_exist_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="control"):
+        small(tmp_path, sets=("contrl",))

@@ -1,0 +1,459 @@
+"""The table of launches, the search for faster ones, and the proof that the choice goes by."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tests.kernels.conftest  # noqa: F401  kernels run in the interpreter here as well
+from eqcvt import ops, tune
+from eqcvt.kernels import launches
+from eqcvt.ops import _backend, _proof
+from eqcvt.tune import cases, check, search
+from eqcvt.tune.record import Record
+from tests.cli.conftest import invoke
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+H100 = _proof.Device("NVIDIA H100 80GB HBM3", "9.0")
+KEY = "sm90 mlp_block_fwd 16 D32"
+triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs Triton's interpreter",
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Start with the shipped table, no proof, and an empty cache folder."""
+    monkeypatch.delenv(_proof.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_backend, "_warned", set())
+    caches = (_proof.found, _proof.why_not, _proof.sources)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    launches.install({})
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_every_kernel_has_a_launch_for_every_dtype_shape_and_device() -> None:
+    defined = {
+        node.name.removeprefix("_").removesuffix("_kernel")
+        for file in KERNELS.glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert defined == set(launches.KERNELS) - {"lift_plan"}
+    for name, kernel in launches.KERNELS.items():
+        for bits in kernel.bits:
+            for shape in kernel.shapes:
+                for capability in (80, 86, 89, 90, 100, 120, launches.INTERPRETER):
+                    launch = launches.nearest(name, bits, shape, capability)
+                    assert launch.keys() == kernel.fields.keys()
+
+
+def test_a_device_takes_the_highest_class_up_to_its_own() -> None:
+    def warps(capability: int) -> int:
+        return launches.nearest("mlp_block_fwd", 16, "D32", capability)["num_warps"]
+
+    shipped = launches.table()["sm80 mlp_block_fwd 16 D32"]
+    assert KEY not in launches.table()
+    with launches.installed({KEY: shipped | {"num_warps": 8}, f"sm120{KEY[4:]}": shipped}):
+        assert [warps(c) for c in (75, 80, 89, 90, 100, 120, 121)] == [4, 4, 4, 8, 8, 4, 4]
+    assert warps(90) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("mlp_block_fwd 16 D32", {}, "as in 'sm90 lift_conv 16 K256', got 'mlp_block_fwd 16 D32'"),
+        ("sm90 mlp_blok_fwd 16 D32", {}, "'mlp_blok_fwd'; did you mean 'mlp_block_fwd'"),
+        ("sm90 mlp_block_fwd 8 D32", {}, "bits must be one of '16', '32', got '8'"),
+        ("sm90 mlp_block_fwd 16 D48", {}, "one of 'D32', 'D64', 'D128', got 'D48'"),
+        (KEY, {"BLOCK_M": 32}, "a field must be one of .*got 'BLOCK_M'; did you mean 'BLOCK_N'"),
+        (KEY, {"num_warps": 3}, "num_warps must be one of 1, 2, 4, 8, got 3"),
+        (KEY, {"num_warps": True}, "num_warps must be one of 1, 2, 4, 8, got True"),
+        (KEY, None, "needs the fields BLOCK_N, BLOCK_E, num_warps, num_stages, got None"),
+    ],
+)
+def test_what_is_no_launch_is_refused(key: str, change: Any, message: str) -> None:
+    launch = None if change is None else launches.table()[f"sm80{KEY[4:]}"] | change
+    with pytest.raises(ValueError, match=message):
+        launches.install({key: launch})
+
+
+class Times:
+    """A kernel whose time, and whether it is right, depends on its launch."""
+
+    def __init__(self, cost: Callable[[dict[str, int]], float]) -> None:
+        self.cost, self.seen = cost, []
+
+    def launch(self) -> dict[str, int]:
+        return launches.nearest("mlp_block_fwd", 16, "D32", 90)
+
+    def time(self) -> float:
+        self.seen.append(self.launch())
+        return self.cost(self.launch())
+
+    def search(self, wrong: Callable[[], str | None], **options: Any) -> search.Found:
+        options = {"refused": {}} | options
+        return search.descend(KEY, self.launch(), self.time, wrong, **options)
+
+
+def _cost(launch: dict[str, int]) -> float:
+    return 1 + abs(launch["BLOCK_N"] - 16) + 10 * abs(launch["num_warps"] - 2)
+
+
+def test_the_search_finds_the_fastest_launch() -> None:
+    kernel = Times(_cost)
+    found = kernel.search(lambda: None)
+    assert found.launch == kernel.launch() | {"BLOCK_N": 16, "num_warps": 2}
+    assert (found.before_ms, found.after_ms, found.finished) == (69, 1, True)
+    assert len({str(launch) for launch in kernel.seen}) == len(kernel.seen)
+
+
+def test_the_search_drops_what_is_wrong_or_does_not_run() -> None:
+    def cost(launch: dict[str, int]) -> float:
+        if launch["num_warps"] == 2:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return _cost(launch)
+
+    kernel = Times(cost)
+    refused: dict[str, str] = {}
+    found = kernel.search(
+        lambda: "result 0: error 1 exceeds 0" if kernel.launch()["BLOCK_N"] == 16 else None,
+        refused=refused,
+    )
+    assert found.launch == kernel.launch() | {"BLOCK_N": 32}
+    assert set(refused.values()) == {
+        "RuntimeError: out of resource: shared memory",
+        "result 0: error 1 exceeds 0",
+    }
+    kernel.seen.clear()
+    assert kernel.search(lambda: None, refused=refused).launch == found.launch
+    assert not [launch for launch in kernel.seen if str(launch) in refused]
+
+
+def test_a_difference_within_the_noise_is_no_gain_and_time_can_be_up() -> None:
+    kernel = Times(lambda launch: 1 - 0.01 * (launch["num_warps"] == 8))
+    assert kernel.search(lambda: None).launch == kernel.launch()
+    found = Times(_cost).search(lambda: None, expired=lambda: True)
+    assert (found.launch, found.finished) == (kernel.launch(), False)
+
+
+@pytest.mark.needs("native")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kernels_are_judged_by_values_gradients_and_second_runs(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cases.CHECKED, "mlp_block", {"small": {}})
+    judge = check.Judge("mlp_block", precision, "cpu")
+    verdict = judge.verdict("native")
+    assert verdict.passed, verdict.reason
+    assert 0 < verdict.error <= 1
+    module = _backend.module("mlp_block", "native")
+    forward, backward = module.forward, module.backward
+    monkeypatch.setattr(module, "forward", lambda *a, **k: forward(*a, **k) * 1.1)
+    assert "training: result 0: error" in (judge.verdict("native").reason or "")
+    monkeypatch.setattr(module, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
+    assert not judge.verdict("native").passed
+    monkeypatch.setattr(module, "forward", forward)
+
+    def other_bias(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        *rest, last = backward(*args, **options)
+        return *rest, last + torch.rand(())
+
+    monkeypatch.setattr(module, "backward", other_bias)
+    reason = judge.verdict("native").reason
+    assert reason == "small, training: gradient 6 differs from run to run"
+    monkeypatch.setattr(module, "backward", lambda *a, **k: [t * 2 for t in backward(*a, **k)])
+    assert "gradient 0: error" in (judge.verdict("native").reason or "")
+
+
+@pytest.mark.needs("native")
+def test_a_check_is_made_by_a_process_of_its_own() -> None:
+    verdict = check.apart("mlp_block", "float32", "native", "cpu", {})
+    assert verdict.passed, verdict.reason
+    failed = check.apart("mlp_block", "float16", "triton", "meta", {})
+    assert not failed.passed
+    assert "cannot serve mlp_block on meta" in (failed.reason or "")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune one op on small tensors in one precision."""
+    options = {"shape": (1, 16, 3, 3), "hidden": 16}
+    monkeypatch.setattr(cases, "CHECKED", {"mlp_block": {"small": options}})
+    monkeypatch.setattr(cases, "TIMED", {"mlp_block": [(options, True)]})
+    monkeypatch.setattr(tune, "_TIMED", {torch.float32: ("float32",)})
+    monkeypatch.setattr(_proof, "PRECISIONS", ("float32",))
+    monkeypatch.setattr(_backend, "OPS", ("mlp_block",))
+
+
+class Clock:
+    """Counts milliseconds by the launches in force, as a GPU might."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, run: Callable[[], object], kernels: tuple[str, ...]) -> float:
+        self.calls.append(kernels)
+        if kernels == ("sum_rows",):
+            return 0.1
+        return 8 / launches.nearest(kernels[0], 32, "D32", 90)["num_warps"]
+
+
+def _tune(path: Path, clock: Clock, **options: Any) -> Record:
+    options = {"ops": ["mlp_block"], "backends": ["triton"], "jobs": 0} | options
+    return tune.run(path, H100, timer=clock, device="cpu", **options)
+
+
+@triton
+@pytest.mark.usefixtures("small")
+def test_tuning_writes_launches_with_their_proof_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, clock = tmp_path / "eqcvt" / "tuned.json", Clock()
+
+    class Interrupt(tune.Watcher):
+        def timed(self, key: str, entry: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _tune(path, clock, watcher=Interrupt())
+    assert len(json.loads(path.read_text())["times"]) == 1
+    record = _tune(path, clock)
+    written = json.loads(path.read_text())
+    assert written == record.content
+    # Of the others no launch is faster than the shipped one.
+    assert record.launches.keys() == {"sm90 mlp_block_fwd 32 D32"}
+    assert record.launches["sm90 mlp_block_fwd 32 D32"]["num_warps"] == 8
+    kernels = {key.split(" ")[1] for key in written["times"]}
+    assert kernels == {"mlp_block_fwd", "mlp_block_bwd", "sum_rows"}
+    assert all(entry["finished"] for entry in written["times"].values())
+    assert record.checked("triton", "mlp_block", "float32")
+    clock.calls.clear()
+    assert _tune(path, clock).content["times"] == written["times"]
+    assert len(clock.calls) == 3  # what each kernel costs, and no search
+
+
+@triton
+@pytest.mark.usefixtures("small")
+def test_wrong_kernels_are_not_tuned_and_prove_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eqcvt.kernels import mlp_block
+
+    forward = mlp_block.forward
+    monkeypatch.setattr(mlp_block, "forward", lambda *a, **k: forward(*a, **k) * 1.5)
+    clock = Clock()
+    record = _tune(tmp_path / "tuned.json", clock)
+    assert not clock.calls
+    assert record.content["checks"]["triton mlp_block float32"]["passed"] is False
+    assert "result 0: error" in record.content["checks"]["triton mlp_block float32"]["reason"]
+
+
+@pytest.fixture
+def proof(monkeypatch: pytest.MonkeyPatch) -> Record:
+    """Return a record that proves Triton's kernels of every op on the GPU of this machine."""
+    monkeypatch.setattr(_proof, "devices", lambda: [H100])
+    for name in ("triton", "native"):
+        monkeypatch.setitem(_backend._REASONS, name, lambda device: None)
+    monkeypatch.setitem(_backend._modules, "triton", dict.fromkeys(_backend.OPS))
+    monkeypatch.setitem(_backend._modules, "native", dict.fromkeys(_backend.OPS))
+    record = Record(_proof.user_file(H100), H100)
+    record.launches[KEY] = launches.table()[f"sm80{KEY[4:]}"] | {"num_warps": 8}
+    for op in _backend.OPS:
+        for precision in _proof.PRECISIONS:
+            record.check("triton", op, precision, check.Verdict(True, 0.5, None))
+    return record
+
+
+def _chosen(op: str = "lift") -> str:
+    return _backend.choose(op, "cuda", None, lambda module: None)
+
+
+def test_the_automatic_choice_goes_by_the_proof(proof: Record) -> None:
+    assert proof.path.name == "nvidia-h100-80gb-hbm3.json"
+    proof.save()
+    assert _chosen() == "triton"
+    assert _proof.tuned_launches() == proof.launches
+    assert _proof.report()[0]["state"] == "in use"
+    rows = ops.explain(("cuda",))
+    assert {row.backend for row in rows if row.chosen} == {"triton"}
+
+
+def _other_device(content: dict[str, Any]) -> None:
+    content["machine"]["name"] = "NVIDIA A100-SXM4-40GB"
+
+
+def _other_torch(content: dict[str, Any]) -> None:
+    content["machine"]["torch"] = "2.0.0"
+
+
+def _other_triton(content: dict[str, Any]) -> None:
+    content["machine"]["triton"] = "2.0.0"
+
+
+def _other_kernels(content: dict[str, Any]) -> None:
+    for entry in content["checks"].values():
+        entry["kernels"] = "0123456789abcdef"
+
+
+def _other_launches(content: dict[str, Any]) -> None:
+    content["launches"][KEY]["num_warps"] = 2
+
+
+def _failed(content: dict[str, Any]) -> None:
+    content["checks"]["triton lift tf32"] |= {"passed": False, "reason": "error 1 exceeds 0"}
+
+
+def _missing(content: dict[str, Any]) -> None:
+    del content["checks"]["triton lift bfloat16"]
+
+
+def _malformed(content: dict[str, Any]) -> None:
+    content["launches"][KEY]["num_warps"] = 5
+
+
+def _other_format(content: dict[str, Any]) -> None:
+    content["format"] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_other_device, "it was made with name NVIDIA A100-SXM4-40GB, and here is NVIDIA H100"),
+        (_other_torch, "it was made with torch 2.0.0, and here is"),
+        (_other_triton, "it was made with triton 2.0.0, and here is"),
+        (_other_kernels, "proves other kernels than these"),
+        (_other_launches, "proves other kernels than these"),
+        (_failed, "found it wrong in tf32: error 1 exceeds 0"),
+        (_missing, "has no check of it in bfloat16"),
+        (_malformed, "num_warps must be one of 1, 2, 4, 8, got 5"),
+        (_other_format, "has format 0, this version 1"),
+    ],
+)
+def test_a_proof_of_something_else_is_refused_with_its_reason(
+    proof: Record,
+    change: Callable[[dict[str, Any]], None],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    change(proof.content)
+    proof.save()
+    assert _chosen() == "reference"
+    (row,) = [r for r in ops.explain(("cuda",)) if (r.op, r.backend) == ("lift", "triton")]
+    assert row.available
+    assert reason in (row.reason or "")
+    assert str(proof.path) in (row.reason or "")
+    assert reason in caplog.text
+
+
+def test_changed_kernels_take_neither_launches_nor_proof(
+    proof: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    proof.save()
+    monkeypatch.setattr(_proof, "sources", lambda backend: "fedcba9876543210")
+    assert _chosen() == "reference"
+    assert _proof.tuned_launches() == {}
+    assert "of other Triton kernels" in _proof.report()[0]["state"]
+    assert "of other Triton kernels" in caplog.text
+    begun = Record(proof.path, H100)
+    assert begun.launches == {}
+    assert begun.dropped is not None
+
+
+def test_without_a_proof_the_way_to_one_is_said_once(
+    proof: Record, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    for op in ("lift", "mlp_block", "lift"):
+        assert _chosen(op) == "reference"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("plain PyTorch", "eqcvt tune", "EQCVT_BACKEND=triton", H100.name):
+        assert part in record.getMessage()
+    with ops.use_backend("triton"):
+        assert _chosen() == "triton"
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_the_proof_is_read_while_a_compiler_traces(proof: Record, proven: bool) -> None:
+    if proven:
+        proof.save()
+
+    def call(x: Tensor) -> Tensor:
+        return x + 1 if _chosen() == "triton" else x - 1
+
+    torch._dynamo.reset()
+    found = torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(2))
+    assert found.tolist() == [1.0 if proven else -1.0] * 2
+
+
+def test_every_kind_of_gpu_needs_a_proof(proof: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof.save()
+    monkeypatch.setattr(_proof, "devices", lambda: [_proof.Device("NVIDIA L4", "8.9"), H100])
+    assert _chosen() == "reference"
+    assert "not proven on NVIDIA L4" in (_proof.why_not("lift", "triton") or "")
+
+
+def test_the_variable_names_the_file_or_none(
+    proof: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proof.save()
+    monkeypatch.setenv(_proof.VARIABLE, "none")
+    assert _chosen() == "reference"
+    elsewhere = tmp_path / "mine.json"
+    monkeypatch.setenv(_proof.VARIABLE, str(elsewhere))
+    _proof.found.cache_clear()
+    _proof.why_not.cache_clear()
+    with pytest.raises(FileNotFoundError, match=r"mine\.json"):
+        _chosen()
+    elsewhere.write_text("{")
+    with pytest.raises(ValueError, match=r"mine\.json is not valid JSON"):
+        _chosen()
+    elsewhere.write_text("[]")
+    with pytest.raises(ValueError, match=r"mine\.json was not written by eqcvt tune"):
+        _chosen()
+    elsewhere.write_text(proof.path.read_text())
+    assert _chosen() == "triton"
+
+
+def test_the_command_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = invoke("tune", code=2)
+    assert "eqcvt tune needs a CUDA device, and torch sees none" in result.stderr
+
+
+def test_a_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None:
+    script = KERNELS.parent / "bench" / "gpu.sh"
+
+    def session(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": os.environ["PATH"], "OUT": str(tmp_path / "out"), "PYTHON": "false"}
+        return subprocess.run(
+            ["bash", str(script)], env=environment | variables, capture_output=True, text=True
+        )
+
+    done = session(PARTS="check sanitize", LIMITS="check=5")
+    assert done.returncode == 1
+    page = (tmp_path / "out" / "summary.txt").read_text()
+    assert page in done.stdout
+    for part in ("check", "sanitize"):
+        assert f"{part}: failed with 1" in page
+        assert (tmp_path / "out" / f"{part}.log").exists()
+    wrong = session(PARTS="chek")
+    assert (wrong.returncode, "PARTS names chek" in wrong.stderr) == (2, True)
+    wrong = session(LIMITS="check=soon")
+    assert (wrong.returncode, "LIMITS must be a list" in wrong.stderr) == (2, True)
