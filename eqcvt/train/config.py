@@ -73,8 +73,9 @@ class TrainConfig:
         ema: decay of the averaged weights, per step, 0 for none. The averaged weights are then
             the ones validated and saved as the model.
         recalibrate: training batches on which the running statistics of batch norm are estimated
-            anew before each validation, 0 to keep the running ones. In short runs these lag behind
-            the weights, and validation then looks worse than the model is.
+            anew before each validation, from images that are not augmented; 0 to keep the running
+            ones. Those lag behind the weights in short runs, and belong to turned images, whose
+            noise is smoother: validation then looks worse than the model is, and swings.
         early_stopping: epochs without a better validation result before stopping, 0 for never.
         augment: ``rotate`` (any angle) | ``dihedral`` (exact quarter turns and flips) | ``none``.
         supersample: how many times larger the image is while ``rotate`` turns it.

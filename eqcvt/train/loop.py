@@ -285,11 +285,14 @@ class _Run:
         return self.step(places)
 
     def _recalibrate(self) -> None:
-        """Estimate the running statistics of the model to validate on training batches."""
+        """Estimate the running statistics of the model to validate on training batches.
+
+        On images as validation has them: turning smooths their noise, which moves the statistics.
+        """
         model = self.state.validated
         batches = islice(self.batches, self.config.recalibrate)
         with torch.no_grad():
-            update_bn((self.augment(model_input(model, x)) for x, _ in batches), model)
+            update_bn((model_input(model, images) for images, _ in batches), model)
 
     def _validate(self) -> Tensor:
         """The logits of all validation images, [N, K] on the CPU; each process makes its share."""
