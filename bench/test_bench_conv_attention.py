@@ -13,7 +13,7 @@ from bench import blocks
 from bench.cases import DTYPES, Case, both
 from bench.conftest import Measure
 from bench.floor import Work
-from bench.implementations import IMPLEMENTATIONS, same
+from bench.implementations import IMPLEMENTATIONS, LIMITS, same
 from bench.timing import Function, captured
 from eqcvt.nn import ConvAttention, Stage
 from tests.ops.primitives import conv_attention_attend
@@ -130,7 +130,7 @@ def our_core(case: Case, backend: str, device: str) -> Core:
         weight = torch.cos(torch.arange(y.numel(), device=device)).view(y.shape)
         results.append([y.detach(), *torch.autograd.grad((y.float() * weight).sum(), leaves)])
     for ours, theirs in zip(*results, strict=True):
-        same(ours, theirs, case.dtype)
+        same(ours, theirs, LIMITS[case.dtype])
     return run, [*tokens, *affine, *products]
 
 
