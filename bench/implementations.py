@@ -91,9 +91,7 @@ def prefer(module: nn.Module, backend: str, x: Tensor, case: Case) -> None:
             with torch.no_grad(), autocast(case, x.device.type):
                 module(x)
             break
-        except RuntimeError as error:
-            if "cannot serve" not in str(error):
-                raise
+        except ops.CannotServe as error:
             set_backend(last[-1], "reference")
             if all(part.backend == "reference" for part in parts):
                 raise Refused(str(error)) from None

@@ -16,15 +16,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def device_name(device: str) -> str:
-    """Return the name of the GPU or of the processor."""
+    """Return the name of the GPU, or of the processor with its family and model.
+
+    A virtual machine's processor is often named by its maker alone, whichever generation it is.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= set(found):
+        name += f", family {found['cpu family']} model {found['model']}"
+    return name
 
 
 def threads(device: str) -> str:

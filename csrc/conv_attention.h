@@ -8,17 +8,21 @@
 
 #include "eqcvt.h"
 
-// v and c are null where values share the keys' projection. mean, variance [P, D] are null without
-// moments; P = 2, or 3 with v.
+// v and c are null where values share the keys' projection; norm_weight and norm_bias [D] of the
+// layer norm in front where there is none. mean, variance [P, D] are null without moments; P = 2,
+// or 3 with v.
 EQCVT_CPU(conv_attention_project, int dtype, const void* x, const void* q, const void* k,
-          const void* v, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk, int64_t kv_stride,
-          int moments, void* a, void* b, void* c, void* mean, void* variance, int threads);
-// dmean, dvariance and mean are null without moments; dc, c, v and dv without v.
+          const void* v, const void* norm_weight, const void* norm_bias, int64_t B, int64_t D,
+          int64_t H, int64_t W, int64_t kk, int64_t kv_stride, int moments, double eps, void* a,
+          void* b, void* c, void* mean, void* variance, int threads);
+// dmean, dvariance and mean are null without moments; dc, c, v and dv without v; norm_weight,
+// norm_bias, dnorm_weight and dnorm_bias without a norm.
 EQCVT_CPU(conv_attention_project_backward, int dtype, const void* da, const void* db,
           const void* dc, const void* dmean, const void* dvariance, const void* a, const void* b,
           const void* c, const void* mean, const void* x, const void* q, const void* k,
-          const void* v, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk, int64_t kv_stride,
-          void* dx, void* dq, void* dk, void* dv, int threads);
+          const void* v, const void* norm_weight, const void* norm_bias, int64_t B, int64_t D,
+          int64_t H, int64_t W, int64_t kk, int64_t kv_stride, double eps, void* dx, void* dq,
+          void* dk, void* dv, void* dnorm_weight, void* dnorm_bias, int threads);
 // c and residual may be null; o and lse are null without save.
 EQCVT_CPU(conv_attention_attend, int dtype, const void* a, const void* b, const void* c,
           const void* residual, const void* scale, const void* shift, const void* wq,
@@ -33,18 +37,18 @@ EQCVT_CPU(conv_attention_attend_backward, int dtype, const void* dy, const void*
           void* db, void* dc, void* dscale, void* dshift, void* dwq, void* dbq, void* dwo,
           void* dbo, int threads);
 
-EQCVT_API int eqcvt_cuda_conv_attention_project(int dtype, const void* x, const void* q,
-                                                const void* k, const void* v, int64_t B, int64_t D,
-                                                int64_t H, int64_t W, int64_t kk, int64_t kv_stride,
-                                                int moments, void* a, void* b, void* c, void* mean,
-                                                void* variance, void* workspace,
-                                                int64_t* workspace_bytes, void* stream);
+EQCVT_API int eqcvt_cuda_conv_attention_project(
+    int dtype, const void* x, const void* q, const void* k, const void* v, const void* norm_weight,
+    const void* norm_bias, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk,
+    int64_t kv_stride, int moments, double eps, void* a, void* b, void* c, void* mean,
+    void* variance, void* workspace, int64_t* workspace_bytes, void* stream);
 EQCVT_API int eqcvt_cuda_conv_attention_project_backward(
     int dtype, const void* da, const void* db, const void* dc, const void* dmean,
     const void* dvariance, const void* a, const void* b, const void* c, const void* mean,
-    const void* x, const void* q, const void* k, const void* v, int64_t B, int64_t D, int64_t H,
-    int64_t W, int64_t kk, int64_t kv_stride, void* dx, void* dq, void* dk, void* dv,
-    void* workspace, int64_t* workspace_bytes, void* stream);
+    const void* x, const void* q, const void* k, const void* v, const void* norm_weight,
+    const void* norm_bias, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk,
+    int64_t kv_stride, double eps, void* dx, void* dq, void* dk, void* dv, void* dnorm_weight,
+    void* dnorm_bias, void* workspace, int64_t* workspace_bytes, void* stream);
 EQCVT_API int eqcvt_cuda_conv_attention_attend(int dtype, const void* a, const void* b,
                                                const void* c, const void* residual,
                                                const void* scale, const void* shift, const void* wq,

@@ -1,10 +1,11 @@
 r"""The depthwise projections of the attention, with the statistics of their batch normalisation.
 
-.. math:: t[n, d] = \sum_{ij} w_t[d, ij] \, x[d, n s_t + (i, j) - k // 2], \quad t \in \{a, b, c\}
+.. math:: t[n, d] = \sum_{ij} w_t[d, ij] \, \mathrm{LN}(x)[d, n s_t + (i, j) - k // 2], \quad
+    t \in \{a, b, c\}
 
-from images ``x`` to raw tokens, channels last, with each channel's mean and biased variance over
-the batch. Statistics are those of the stored, rounded tokens, which is what the attention
-normalises; the gradient takes them so too.
+from images ``x``, whose layer norm (if there is one) is made on load, to raw tokens, channels last,
+with each channel's mean and biased variance over the batch. Statistics are those of the stored,
+rounded tokens, which is what the attention normalises; the gradient takes them so too.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from . import launches
 from .common import padded
+from .layer_norm import normalise
 
 
 @triton.jit
 def _project_tile(
     x_ptr,
     filters_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     out_ptr,
     parts_ptr,
     tile,
@@ -32,11 +36,13 @@ def _project_tile(
     stride_xd,
     stride_xh,
     stride_xw,
+    eps,
     STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    NORM: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
     """Convolve one tile of tokens of one image; write it, its mean and its squared deviations."""
@@ -47,17 +53,22 @@ def _project_tile(
     row = o_t // OW * STRIDE - SIZE // 2
     column = o_t % OW * STRIDE - SIZE // 2
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    if NORM:
+        norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
+        norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
     for i in range(SIZE):
         for j in tl.static_range(SIZE):
             inside = (row + i >= 0) & (row + i < H) & (column + j >= 0) & (column + j < W)
+            inside = mask & inside[:, None]
             place = (row + i) * stride_xh + (column + j) * stride_xw
             weight = tl.load(filters_ptr + (o_d * SIZE + i) * SIZE + j, mask=m_d, other=0.0)
             x = tl.load(
-                x_ptr + place[:, None] + o_d[None, :] * stride_xd,
-                mask=mask & inside[:, None],
-                other=0.0,
-            )
-            acc += x.to(tl.float32) * weight[None, :]
+                x_ptr + place[:, None] + o_d[None, :] * stride_xd, mask=inside, other=0.0
+            ).to(tl.float32)
+            if NORM:
+                unit, _rstd = normalise(x, m_d, eps, D)
+                x = tl.where(inside, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
+            acc += x * weight[None, :]
     stored = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + o_t[:, None] * D + o_d[None, :], stored, mask=mask)
     if MOMENTS:
@@ -75,6 +86,8 @@ def _conv_attention_project_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     a_ptr,
     b_ptr,
     c_ptr,
@@ -90,11 +103,13 @@ def _conv_attention_project_fwd_kernel(
     stride_xd,
     stride_xh,
     stride_xw,
+    eps,
     STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    NORM: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
     """Convolve BLOCK_T tokens of one projection of one image, all channels.
@@ -104,7 +119,9 @@ def _conv_attention_project_fwd_kernel(
         image 0: [ a tile ][ a tile ] ... [ b tile ] ... [ c tile ] ...   image 1: ...
 
     Each program owns one. 2 D numbers per query and D per key cross the device's memory: 0.023 ms
-    at batch 128 and D = 32; SIZE ** 2 multiplications a number. Accumulates in fp32, taps in order.
+    at batch 128 and D = 32; SIZE ** 2 multiplications a number, and as many layer norms a token
+    where there is one: cheaper than to write what they give, and to read it again for each
+    projection. Accumulates in fp32, taps in order.
     ``parts`` ``[programs, 2, D]`` gets each tile's mean and sum of squared deviations from it.
     """
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -116,6 +133,8 @@ def _conv_attention_project_fwd_kernel(
         _project_tile(
             x_ptr,
             q_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
             a_ptr + i_b * H * W * D,
             parts_ptr,
             tile,
@@ -126,17 +145,21 @@ def _conv_attention_project_fwd_kernel(
             stride_xd,
             stride_xh,
             stride_xw,
+            eps,
             1,
             SIZE,
             D,
             BLOCK_D,
             BLOCK_T,
+            NORM,
             MOMENTS,
         )
     elif tile < q_tiles + k_tiles:
         _project_tile(
             x_ptr,
             k_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
             b_ptr + i_b * keys * D,
             parts_ptr,
             tile - q_tiles,
@@ -147,17 +170,21 @@ def _conv_attention_project_fwd_kernel(
             stride_xd,
             stride_xh,
             stride_xw,
+            eps,
             STRIDE,
             SIZE,
             D,
             BLOCK_D,
             BLOCK_T,
+            NORM,
             MOMENTS,
         )
     else:
         _project_tile(
             x_ptr,
             v_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
             c_ptr + i_b * keys * D,
             parts_ptr,
             tile - q_tiles - k_tiles,
@@ -168,11 +195,13 @@ def _conv_attention_project_fwd_kernel(
             stride_xd,
             stride_xh,
             stride_xw,
+            eps,
             STRIDE,
             SIZE,
             D,
             BLOCK_D,
             BLOCK_T,
+            NORM,
             MOMENTS,
         )
 
@@ -239,7 +268,16 @@ def addressable(x: Tensor) -> Tensor:
 
 
 def project(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *, kv_stride: int, moments: bool
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    kv_stride: int,
+    moments: bool,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Convolve images with the depthwise filters of queries, keys and values.
 
@@ -248,8 +286,11 @@ def project(
         q: ``[D, 1, k, k]``, filters of the queries, stride 1.
         k: as ``q``, of the keys, stride ``kv_stride``.
         v: as ``k``, of the values; None where they are the keys.
+        norm_weight: ``[D]``, scale of the layer norm in front; None for no norm.
+        norm_bias: ``[D]``, its shift; given if ``norm_weight`` is.
         kv_stride: stride of keys and values.
         moments: whether to compute the statistics.
+        eps: added to the variance of the layer norm.
 
     Returns:
         ``a`` ``[B, N, D]``, ``b`` ``[B, M, D]``, ``c`` as ``b`` or empty; ``mean`` and biased
@@ -277,6 +318,8 @@ def project(
         q,
         k,
         k if v is None else v,
+        q if norm_weight is None else norm_weight,
+        q if norm_bias is None else norm_bias,
         a,
         b,
         c,
@@ -289,10 +332,12 @@ def project(
         rows,
         columns,
         *x.stride(),
+        eps,
         STRIDE=kv_stride,
         SIZE=q.shape[-1],
         D=width,
         BLOCK_D=padded(width),
+        NORM=norm_weight is not None,
         MOMENTS=moments,
         **launch,
     )

@@ -2,10 +2,11 @@ r"""The gradient of the attention's depthwise projections and of their statistic
 
 .. math::
     g_t = dt + (d\mathrm{mean} + 2 \, d\mathrm{variance} \, (t - \mathrm{mean})) / n, \quad
-    dx[p] = \sum_{t, ij} w_t[ij] \, g_t[(p - ij + k // 2) / s_t], \quad
-    dw_t[ij] = \sum_p g_t[(p - ij + k // 2) / s_t] \, x[p]
+    dz[p] = \sum_{t, ij} w_t[ij] \, g_t[(p - ij + k // 2) / s_t], \quad
+    dw_t[ij] = \sum_p g_t[(p - ij + k // 2) / s_t] \, z[p]
 
-where a place between two tokens, or outside, counts as 0.
+where a place between two tokens, or outside, counts as 0; ``z`` is ``x``, or its layer norm, whose
+gradient takes ``dz`` to ``dx`` before it leaves the registers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import launches
 from .common import padded, sum_rows
 from .conv_attention_project import addressable, strided
+from .layer_norm import normalise, normalise_backward
 
 
 @triton.jit
@@ -147,6 +149,8 @@ def _conv_attention_project_bwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     dx_ptr,
     parts_ptr,
     tiles,
@@ -160,12 +164,14 @@ def _conv_attention_project_bwd_kernel(
     stride_xd,
     stride_xh,
     stride_xw,
+    eps,
     STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_V: tl.constexpr,
+    NORM: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
     """Write ``dx`` at BLOCK_T pixels of one image, and this tile's share of all filters' gradients.
@@ -180,7 +186,8 @@ def _conv_attention_project_bwd_kernel(
     The total gradient ``dt + (dmean + 2 dvariance (t - mean)) / n`` is made on load. Bytes: 4 D
     numbers per query (x, da, a, dx) and 2 D per key, 0.046 ms at batch 128 and D = 32; every tap
     after the first finds them in L1. 2 multiplications and a share of a tree sum per tap and
-    number. ``parts`` is ``[programs, 2 or 3, D, SIZE ** 2]``. Accumulates in fp32, taps in order.
+    number. ``parts`` is ``[programs, (2 or 3) D SIZE ** 2]``, with a layer norm 2 D more, of its
+    weight and bias. Accumulates in fp32, taps in order.
     """
     residue = tl.program_id(0) % (STRIDE * STRIDE)
     tile = tl.program_id(0) // (STRIDE * STRIDE) % tiles
@@ -196,14 +203,19 @@ def _conv_attention_project_bwd_kernel(
     column = o_t % columns * STRIDE + left
     mask = ((row < H) & (column < W))[:, None] & m_d[None, :]
     TAPS: tl.constexpr = SIZE * SIZE
-    PARTS: tl.constexpr = (3 if HAS_V else 2) * D * TAPS
-    parts_ptr += tl.program_id(0).to(tl.int64) * PARTS
+    FILTERS: tl.constexpr = (3 if HAS_V else 2) * D * TAPS
+    parts_ptr += tl.program_id(0).to(tl.int64) * (FILTERS + (2 * D if NORM else 0))
     queries = i_b * H * W * D
     keys = i_b * OH * OW * D
     place = row * stride_xh + column * stride_xw
     x_ptr += i_b * stride_xb
     x = tl.load(x_ptr + place[:, None] + o_d[None, :] * stride_xd, mask=mask, other=0.0)
     x = x.to(tl.float32)
+    if NORM:
+        norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
+        norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
+        unit, rstd = normalise(x, m_d, eps, D)
+        x = tl.where(mask, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
 
     dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     mean, dmean, dvariance = _load_moments(
@@ -284,6 +296,10 @@ def _conv_attention_project_bwd_kernel(
             BLOCK_D,
             MOMENTS,
         )
+    if NORM:
+        tl.store(parts_ptr + FILTERS + o_d, tl.sum(dx * unit, 0), mask=m_d)
+        tl.store(parts_ptr + FILTERS + D + o_d, tl.sum(dx, 0), mask=m_d)
+        dx = normalise_backward(dx * norm_weight[None, :], unit, rstd, D)
     offsets = (row * W + column)[:, None] * D + o_d[None, :]
     tl.store(dx_ptr + queries + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -302,9 +318,12 @@ def project_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
     kv_stride: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of :func:`project`.
 
     Args:
@@ -314,22 +333,25 @@ def project_backward(
 
     Returns:
         ``dx`` ``[B, D, H, W]`` in channels-last memory; ``dq``, ``dk`` and ``dv`` (empty without
-        ``v``), of the filters' shapes.
+        ``v``), of the filters' shapes; ``dnorm_weight`` and ``dnorm_bias``, empty without a norm.
     """
     x = addressable(x)
     batch, width, height, breadth = x.shape
     dx = x.new_empty(batch, height, breadth, width).permute(0, 3, 1, 2)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dv = q.new_empty(0) if v is None else torch.empty_like(v)
+    norm = norm_weight is not None
+    dnorm = [q.new_empty(width if norm else 0) for _ in range(2)]
     if batch == 0:
-        return dx, dq.zero_(), dk.zero_(), dv.zero_()
+        return dx, *(t.zero_() for t in (dq, dk, dv, *dnorm))
     da, db, a, b = da.contiguous(), db.contiguous(), a.contiguous(), b.contiguous()
     moments = dmean is not None
     launch = launches.find("conv_attention_project_bwd", x, launches.width_class(width))
     rows, columns = strided(height, kv_stride), strided(breadth, kv_stride)
     tiles = triton.cdiv(rows * columns, launch["BLOCK_T"])
     programs = batch * tiles * kv_stride**2
-    parts = q.new_empty(programs, (2 if v is None else 3) * q.numel())
+    sums = [t for t in (dq, dk, dv, *dnorm) if t.numel()]
+    parts = q.new_empty(programs, sum(t.numel() for t in sums))
     _conv_attention_project_bwd_kernel[(programs,)](
         da,
         db,
@@ -344,6 +366,8 @@ def project_backward(
         q,
         k,
         k if v is None else v,
+        norm_weight if norm else q,
+        norm_bias if norm else q,
         dx,
         parts,
         tiles,
@@ -354,13 +378,15 @@ def project_backward(
         rows,
         columns,
         *x.stride(),
+        eps,
         STRIDE=kv_stride,
         SIZE=q.shape[-1],
         D=width,
         BLOCK_D=padded(width),
         HAS_V=v is not None,
+        NORM=norm,
         MOMENTS=moments,
         **launch,
     )
-    sum_rows(parts, (dq, dk) if v is None else (dq, dk, dv))
-    return dx, dq, dk, dv
+    sum_rows(parts, sums)
+    return dx, dq, dk, dv, *dnorm

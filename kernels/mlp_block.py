@@ -19,6 +19,7 @@ from torch import Tensor
 from . import dropout as dropout_mask
 from . import launches
 from .common import add_part, padded, precision, programs, refusal, sum_rows
+from .layer_norm import normalise, normalise_backward
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -40,15 +41,6 @@ def _launch(kernel: str, x: Tensor, hidden: int) -> dict[str, int]:
     launch = launches.find(kernel, x, launches.width_class(x.shape[-1]))
     launch["BLOCK_E"] = min(launch["BLOCK_E"], padded(hidden))
     return launch
-
-
-@triton.jit
-def _normalise(x, m_d, eps, D: tl.constexpr):
-    """Return the rows of ``x`` (0 beyond D) with mean 0 and variance 1, and 1 / deviation."""
-    mean = tl.sum(x, 1) / D
-    centred = tl.where(m_d[None, :], x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    return centred * rstd[:, None], rstd
 
 
 @triton.jit
@@ -132,7 +124,7 @@ def _mlp_block_fwd_kernel(
     norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
     norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
     x = tl.load(x_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
-    unit, _rstd = _normalise(x, m_d, eps, D)
+    unit, _rstd = normalise(x, m_d, eps, D)
     t = (unit * norm_weight[None, :] + norm_bias[None, :]).to(dtype)  # [BLOCK_N, BLOCK_D]
     y = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in tl.range(0, E, BLOCK_E, num_stages=1):
@@ -231,7 +223,7 @@ def _mlp_block_bwd_kernel(
         norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
         norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
         x = tl.load(x_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
-        unit, rstd = _normalise(x, m_d, eps, D)
+        unit, rstd = normalise(x, m_d, eps, D)
         t = (unit * norm_weight[None, :] + norm_bias[None, :]).to(dtype)  # [BLOCK_N, BLOCK_D]
         g = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
         if HAS_DROPOUT:
@@ -285,11 +277,9 @@ def _mlp_block_bwd_kernel(
         add_part(db2_ptr + D + o_d, tl.sum(dt * unit, 0), m_d, tile == begin)
         add_part(db2_ptr + 2 * D + o_d, tl.sum(dt, 0), m_d, tile == begin)
         dunit = dt * norm_weight[None, :]
-        along = tl.sum(dunit * unit, 1) / D
-        level = tl.sum(dunit, 1) / D
         # Read again rather than kept, which would cost registers through all hidden channels.
         dy = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
-        dx = dy + (dunit - level[:, None] - unit * along[:, None]) * rstd[:, None]
+        dx = dy + normalise_backward(dunit, unit, rstd, D)
         tl.store(dx_ptr + row * D + offsets, dx.to(dtype), mask=mask)
 
     if ONE_TILE:

@@ -2,11 +2,14 @@
 //
 // The lanes of vectors are channels. A thread goes down the rows of its share of the images and
 // keeps the few rows that a filter covers as numbers with zeros around them, so that no loop meets
-// an edge. Queries, keys and values, or all gradients, are made on the way: the image is read once.
+// an edge. Queries, keys and values, or all gradients, are made on the way: the image is read once,
+// and its layer norm, if it has one, exists in those rows only.
 #include "../conv_attention.h"
 
+#include "layer_norm.h"
 #include "parallel.h"
 #include "rows.h"
+#include "sums.h"
 
 namespace {
 
@@ -26,6 +29,21 @@ struct Shape {
     }
 };
 
+// The layer norm in front of the filters: gamma and beta [stride], zeros beyond D; null for none.
+template <class S> struct Norm {
+    S *gamma = nullptr, *beta = nullptr;
+    S eps = 0;
+
+    void set(const Shape& z, S* memory, const S* weight, const S* bias, double eps_) {
+        if (!weight) return;
+        gamma = memory, beta = memory + z.stride, eps = static_cast<S>(eps_);
+        for (int64_t d = 0; d < z.stride; ++d) {
+            gamma[d] = d < z.D ? weight[d] : 0;
+            beta[d] = d < z.D ? bias[d] : 0;
+        }
+    }
+};
+
 // The rows around a position in an image [height, width, D], each [width + 2 pad, stride].
 template <class T> struct Window {
     using S = number_t<T>;
@@ -35,6 +53,9 @@ template <class T> struct Window {
     // If `raw` is given, each entry g is the gradient g + shift + slope * (raw - mean).
     const T* raw = nullptr;
     const S *shift = nullptr, *slope = nullptr, *mean = nullptr;
+    // If `rstd` [width] is given, each row is normalised.
+    Norm<S> norm;
+    S* rstd = nullptr;
     int64_t image = -1;
     int64_t held[kMaxFilter]{};
 
@@ -61,6 +82,11 @@ template <class T> struct Window {
             const int64_t from = (image * height + y) * width * D;
             load_rows(to + pad * stride, images + from, width, width, D, D, stride);
             if (raw) correct(to + pad * stride, raw + from);
+            if (rstd) {
+                S* tokens = to + pad * stride;
+                normalise(tokens, rstd, stride, width, D, norm.eps);
+                affine(tokens, tokens, norm.gamma, norm.beta, stride, width);
+            }
         }
         return to;
     }
@@ -218,18 +244,22 @@ template <class T> struct Project {
     Shape z;
     const T* x;
     const S* filters[3];
+    const S *norm_weight, *norm_bias; // or null
+    double eps;
     T* out[3];
     S *mean, *variance; // [P, D], or null
 };
 
 // Rows begin .. end of all images together; the moments of side i begin at i * 2 D.
 template <class T> void project_rows(const Project<T>& p, const number_t<T>* filters,
-                                     number_t<T>* memory, double* moments, double* counts,
-                                     Range range) {
+                                     const Norm<number_t<T>>& norm, number_t<T>* memory,
+                                     double* moments, double* counts, Range range) {
     using S = number_t<T>;
     const Shape& z = p.z;
     Window<T> window(z, 0, p.x, memory);
     S* to = memory + Window<T>::size(z, 0);
+    window.norm = norm;
+    window.rstd = norm.gamma ? to + z.W * z.stride : nullptr;
     double* scratch = moments + 6 * z.D;
     Moments sides[3];
     for (int i = 0; i < 3; ++i) sides[i] = {0, moments + i * 2 * z.D, moments + (i * 2 + 1) * z.D};
@@ -254,15 +284,17 @@ template <class T> void project_rows(const Project<T>& p, const number_t<T>* fil
 template <class T> int project(const Project<T>& p, int threads) {
     using S = number_t<T>;
     const Shape& z = p.z;
-    const int64_t each = round_up(Window<T>::size(z, 0) + z.W * z.stride, 64);
-    Scratch<S> filters(z.P * z.taps()), memory(each * threads);
+    const int64_t each = round_up(Window<T>::size(z, 0) + z.W * (z.stride + 1), 64);
+    Scratch<S> filters(z.P * z.taps() + 2 * z.stride), memory(each * threads);
     Scratch<double> moments((8 * z.D + 3) * threads);
     if (!filters.data || !memory.data || !moments.data) return EQCVT_NO_MEMORY;
+    Norm<S> norm;
+    norm.set(z, filters.data + z.P * z.taps(), p.norm_weight, p.norm_bias, p.eps);
     for (int side = 0; side < z.P; ++side)
         load_filters(z, filters.data + side * z.taps(), p.filters[side], false);
     double* counts = moments.data + 8 * z.D * threads;
     parallel(threads, [&](int i, int n) {
-        project_rows(p, filters.data, memory.data + i * each, moments.data + 8 * z.D * i,
+        project_rows(p, filters.data, norm, memory.data + i * each, moments.data + 8 * z.D * i,
                      counts + 3 * i, Range(z.B * z.H, i, n));
     });
     if (!p.mean) return EQCVT_OK;
@@ -286,21 +318,25 @@ template <class T> struct ProjectBackward {
     using S = number_t<T>;
     Shape z;
     const T *x, *gradients[3], *raw[3];
-    const S *filters[3], *dmean, *dvariance, *mean;
+    const S *filters[3], *norm_weight, *norm_bias;
+    double eps;
+    const S *dmean, *dvariance, *mean;
     T* dx;
-    S* dfilters[3];
+    S *dfilters[3], *dnorm_weight, *dnorm_bias;
 };
 
 // Memory of a thread, in S.
 template <class T> int64_t backward_size(const Shape& z) {
-    return round_up(
-        2 * Window<T>::size(z, 0) + 2 * Window<T>::size(z, 1) + (z.W + 2 * z.pad()) * z.stride, 64);
+    return round_up(2 * Window<T>::size(z, 0) + 2 * Window<T>::size(z, 1) +
+                        (z.W + 2 * z.pad()) * z.stride + z.W * (z.stride + 1) + 2 * z.stride,
+                    64);
 }
 
-// `statistics` holds shift and slope, see Window, of each side; `totals` the filters' gradients.
+// `statistics` holds shift and slope, see Window, of each side; `totals` the gradients of the
+// filters, then of gamma and beta.
 template <class T> void backward_rows(const ProjectBackward<T>& p, const number_t<T>* filters,
-                                      const number_t<T>* statistics, number_t<T>* memory,
-                                      double* totals, Range range) {
+                                      const Norm<number_t<T>>& norm, const number_t<T>* statistics,
+                                      number_t<T>* memory, double* totals, Range range) {
     using S = number_t<T>;
     const Shape& z = p.z;
     const int64_t pad = z.pad();
@@ -319,6 +355,11 @@ template <class T> void backward_rows(const ProjectBackward<T>& p, const number_
     S* dx = memory + Window<T>::size(z, 0) + 2 * Window<T>::size(z, 1); // with the padding
     for (int64_t i = 0; i < (z.W + 2 * pad) * z.stride; ++i) dx[i] = 0;
     for (int64_t i = 0; i < z.P * z.taps(); ++i) totals[i] = 0;
+    S* unit = dx + (z.W + 2 * pad) * z.stride; // a row of x, normalised
+    S* rstd = unit + z.W * z.stride;
+    image.norm = norm;
+    image.rstd = norm.gamma ? rstd : nullptr;
+    Sums<S> sums(rstd + z.W, totals + z.P * z.taps(), 2 * z.stride);
     for (int64_t t = range.begin; t < range.end; ++t) {
         const int64_t y = t % z.H;
         image.go_to(t / z.H);
@@ -343,18 +384,30 @@ template <class T> void backward_rows(const ProjectBackward<T>& p, const number_
                              gradient.width, step);
             }
         }
+        if (norm.gamma) {
+            S* d = dx + pad * z.stride;
+            load_rows(unit, p.x + t * z.W * z.D, z.W, z.W, z.D, z.D, z.stride);
+            normalise(unit, rstd, z.stride, z.W, z.D, norm.eps);
+            add_products(sums.part, d, unit, z.stride, z.W);
+            add_rows(sums.part + z.stride, d, z.stride, z.W);
+            sums.added(z.W);
+            normalise_backward(d, unit, rstd, norm.gamma, z.stride, z.W, z.D);
+        }
         for (int64_t x = 0; x < z.W; ++x)
             store_row(p.dx + (t * z.W + x) * z.D, dx + (x + pad) * z.stride, z.D);
     }
+    sums.flush();
 }
 
 template <class T> int project_backward(const ProjectBackward<T>& p, int threads) {
     using S = number_t<T>;
     const Shape& z = p.z;
-    const int64_t each = backward_size<T>(z), sums = z.P * z.taps();
+    const int64_t each = backward_size<T>(z), sums = z.P * z.taps() + 2 * z.stride;
     Scratch<S> filters(sums), memory(each * threads), statistics(6 * z.D);
     Scratch<double> totals(sums * threads);
     if (!filters.data || !memory.data || !statistics.data || !totals.data) return EQCVT_NO_MEMORY;
+    Norm<S> norm;
+    norm.set(z, filters.data + z.P * z.taps(), p.norm_weight, p.norm_bias, p.eps);
     for (int side = 0; side < z.P; ++side) {
         load_filters(z, filters.data + side * z.taps(), p.filters[side], side == 0);
         if (!p.dmean) continue;
@@ -366,18 +419,17 @@ template <class T> int project_backward(const ProjectBackward<T>& p, int threads
         }
     }
     parallel(threads, [&](int i, int n) {
-        backward_rows(p, filters.data, p.dmean ? statistics.data : nullptr, memory.data + i * each,
-                      totals.data + i * sums, Range(z.B * z.H, i, n));
+        backward_rows(p, filters.data, norm, p.dmean ? statistics.data : nullptr,
+                      memory.data + i * each, totals.data + i * sums, Range(z.B * z.H, i, n));
     });
-    const int64_t taps = z.kk * z.kk;
     for (int side = 0; side < z.P; ++side)
-        for (int64_t d = 0; d < z.D; ++d)
-            for (int64_t i = 0; i < taps; ++i) {
-                double sum = 0;
-                for (int t = 0; t < threads; ++t)
-                    sum += totals[t * sums + side * z.taps() + i * z.stride + d];
-                p.dfilters[side][d * taps + i] = static_cast<S>(sum);
-            }
+        reduce(p.dfilters[side], z.D, z.kk * z.kk, totals.data + side * z.taps(), 1, z.stride, sums,
+               threads);
+    if (norm.gamma) {
+        const double* total = totals.data + z.P * z.taps();
+        reduce(p.dnorm_weight, 1, z.D, total, 0, 1, sums, threads);
+        reduce(p.dnorm_bias, 1, z.D, total + z.stride, 0, 1, sums, threads);
+    }
     return EQCVT_OK;
 }
 
@@ -393,12 +445,13 @@ bool unsupported(int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk, int64_t
 } // namespace
 
 int EQCVT_KERNEL(conv_attention_project)(int dtype, const void* x, const void* q, const void* k,
-                                         const void* v, int64_t B, int64_t D, int64_t H, int64_t W,
-                                         int64_t kk, int64_t kv_stride, int moments, void* a,
-                                         void* b, void* c, void* mean, void* variance,
-                                         int threads) {
+                                         const void* v, const void* norm_weight,
+                                         const void* norm_bias, int64_t B, int64_t D, int64_t H,
+                                         int64_t W, int64_t kk, int64_t kv_stride, int moments,
+                                         double eps, void* a, void* b, void* c, void* mean,
+                                         void* variance, int threads) {
     if (unsupported(B, D, H, W, kk, kv_stride)) return EQCVT_BAD_SIZE;
-    const auto run_as = [&](auto number) {
+    return with_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         using S = number_t<T>;
         const Shape z = make_shape<S>(B, D, H, W, kk, kv_stride, v != nullptr);
@@ -406,24 +459,25 @@ int EQCVT_KERNEL(conv_attention_project)(int dtype, const void* x, const void* q
             z,
             static_cast<const T*>(x),
             {static_cast<const S*>(q), static_cast<const S*>(k), static_cast<const S*>(v)},
+            static_cast<const S*>(norm_weight),
+            static_cast<const S*>(norm_bias),
+            eps,
             {static_cast<T*>(a), static_cast<T*>(b), static_cast<T*>(c)},
             moments ? static_cast<S*>(mean) : nullptr,
             moments ? static_cast<S*>(variance) : nullptr};
         return project(p, z.useful_threads(threads));
-    };
-    if (dtype == EQCVT_F32) return run_as(float());
-    if (dtype == EQCVT_F64) return run_as(double());
-    if (dtype == EQCVT_BF16) return run_as(bf16());
-    return EQCVT_BAD_DTYPE;
+    });
 }
 
 int EQCVT_KERNEL(conv_attention_project_backward)(
     int dtype, const void* da, const void* db, const void* dc, const void* dmean,
     const void* dvariance, const void* a, const void* b, const void* c, const void* mean,
-    const void* x, const void* q, const void* k, const void* v, int64_t B, int64_t D, int64_t H,
-    int64_t W, int64_t kk, int64_t kv_stride, void* dx, void* dq, void* dk, void* dv, int threads) {
+    const void* x, const void* q, const void* k, const void* v, const void* norm_weight,
+    const void* norm_bias, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk,
+    int64_t kv_stride, double eps, void* dx, void* dq, void* dk, void* dv, void* dnorm_weight,
+    void* dnorm_bias, int threads) {
     if (unsupported(B, D, H, W, kk, kv_stride)) return EQCVT_BAD_SIZE;
-    const auto run_as = [&](auto number) {
+    return with_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         using S = number_t<T>;
         const Shape z = make_shape<S>(B, D, H, W, kk, kv_stride, v != nullptr);
@@ -433,15 +487,16 @@ int EQCVT_KERNEL(conv_attention_project_backward)(
             {static_cast<const T*>(da), static_cast<const T*>(db), static_cast<const T*>(dc)},
             {static_cast<const T*>(a), static_cast<const T*>(b), static_cast<const T*>(c)},
             {static_cast<const S*>(q), static_cast<const S*>(k), static_cast<const S*>(v)},
+            static_cast<const S*>(norm_weight),
+            static_cast<const S*>(norm_bias),
+            eps,
             static_cast<const S*>(dmean),
             static_cast<const S*>(dvariance),
             static_cast<const S*>(mean),
             static_cast<T*>(dx),
-            {static_cast<S*>(dq), static_cast<S*>(dk), static_cast<S*>(dv)}};
+            {static_cast<S*>(dq), static_cast<S*>(dk), static_cast<S*>(dv)},
+            static_cast<S*>(dnorm_weight),
+            static_cast<S*>(dnorm_bias)};
         return project_backward(p, z.useful_threads(threads));
-    };
-    if (dtype == EQCVT_F32) return run_as(float());
-    if (dtype == EQCVT_F64) return run_as(double());
-    if (dtype == EQCVT_BF16) return run_as(bf16());
-    return EQCVT_BAD_DTYPE;
+    });
 }

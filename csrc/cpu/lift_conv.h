@@ -21,7 +21,6 @@ constexpr int BLOCK = 8;
 EQCVT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 EQCVT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 EQCVT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-EQCVT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Sizes of one call. The padded image of one channel has `rows` rows; its columns are sorted by
 // their remainder modulo the stride, `phase` numbers for each, so that a strided convolution reads

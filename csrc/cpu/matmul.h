@@ -17,8 +17,6 @@ constexpr int64_t kBlockRows = 8;
 constexpr int64_t kBlockRows = 4;
 #endif
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // a(i, k) = data[i * stride + k].
 template <class T> struct ByRows {
     const T* data;

@@ -5,8 +5,6 @@
 
 namespace {
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // to[i] = the D entries at from + i * from_stride, zeros behind them up to `stride`; then rows of
 // zeros from `count` up to `padded`.
 template <class T, class S> inline void load_rows(S* to, const T* from, int64_t count,

@@ -36,6 +36,8 @@
 
 namespace {
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 struct bf16 {
     uint16_t bits;
 };

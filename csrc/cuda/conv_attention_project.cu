@@ -5,12 +5,14 @@
 // the first-level cache. Sums are float; those over tokens are made in a fixed order: a thread's
 // tokens, the threads of a block, the blocks (in double).
 //
-// Statistics are those of the values as stored, so that the backward pass can make them again.
+// Statistics are those of the values as stored, so that the backward pass can make them again. A
+// layer norm in front is applied to what is read; a pass before makes its two numbers per token.
 #include <initializer_list>
 #include <type_traits>
 
 #include "../conv_attention.h"
 #include "device.cuh"
+#include "layer_norm.cuh"
 
 namespace {
 
@@ -72,6 +74,7 @@ struct Moments {
 // [D, k, k], stride s, padding k / 2; partials [gridDim.x][D] if not null. KK is k, or 0 for any.
 template <class T> struct Project {
     const T* x;
+    Norm norm;
     const float* filters;
     T* out;
     Moments* partials;
@@ -97,7 +100,7 @@ template <class T, int V, int KK> __global__ void __launch_bounds__(kThreads)
              i += step) {
             const Position at(i, p.H1, p.W1);
             const int column = at.column * p.stride - k / 2, row = at.row * p.stride - k / 2;
-            const T* image = p.x + at.image * p.H * p.W * p.D + d;
+            const int64_t image = at.image * p.H * p.W;
             float y[V] = {};
 #pragma unroll
             for (int u = 0; u < k; ++u) {
@@ -105,8 +108,10 @@ template <class T, int V, int KK> __global__ void __launch_bounds__(kThreads)
                 for (int v = 0; v < k; ++v) {
                     const int r = row + u, c = column + v;
                     if (r < 0 || r >= p.H || c < 0 || c >= p.W) continue;
+                    const int64_t token = image + static_cast<int64_t>(r) * p.W + c;
                     float x[V];
-                    load<T, V>(x, image + (static_cast<int64_t>(r) * p.W + c) * p.D);
+                    load<T, V>(x, p.x + token * p.D + d);
+                    p.norm.apply(x, token, d);
 #pragma unroll
                     for (int j = 0; j < V; ++j) {
                         y[j] = fmaf(x[j], weights[(u * k + v) * p.D + d + j], y[j]);
@@ -199,13 +204,15 @@ template <class T> struct Gradient {
 template <class T> struct ProjectBackward {
     Gradient<T> parts[3];
     const T* x;
+    Norm norm;
     T* dx;
     float* partials; // [gridDim.x][k * k][D]
     int64_t B;
     int D, H, W, k, projections;
 };
 
-// dx[i] = sum over projections and taps of g[(i + pad - tap) / stride] filter[tap].
+// dx[i] = sum over projections and taps of g[(i + pad - tap) / stride] filter[tap]; with a norm it
+// is that of the norm's result.
 template <class T, int V, int KK> __global__ void __launch_bounds__(kThreads)
     input_kernel(ProjectBackward<T> p) {
     float* weights = reinterpret_cast<float*>(shared_memory()); // [projections][k * k][D]
@@ -269,15 +276,17 @@ template <class T, int V, int KK> __global__ void __launch_bounds__(kThreads)
              i += step) {
             const Position at(i, part.H1, part.W1);
             const int column = at.column * part.stride - k / 2, row = at.row * part.stride - k / 2;
-            const T* image = p.x + at.image * p.H * p.W * p.D + d;
+            const int64_t image = at.image * p.H * p.W;
             float g[V];
             part.template at<V>(g, i * p.D + d, d);
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
                 const int r = row + (tap0 + tap) / k, c = column + (tap0 + tap) % k;
                 if (tap0 + tap >= taps || r < 0 || r >= p.H || c < 0 || c >= p.W) continue;
+                const int64_t token = image + static_cast<int64_t>(r) * p.W + c;
                 float x[V];
-                load<T, V>(x, image + (static_cast<int64_t>(r) * p.W + c) * p.D);
+                load<T, V>(x, p.x + token * p.D + d);
+                p.norm.apply(x, token, d);
 #pragma unroll
                 for (int j = 0; j < V; ++j) sums[tap][j] = fmaf(g[j], x[j], sums[tap][j]);
             }
@@ -326,26 +335,33 @@ int64_t blocks_for(int64_t tokens, int64_t D, int V) {
     return blocks < 1024 ? blocks : 1024;
 }
 
-int largest(int64_t a, int64_t b) { return static_cast<int>(a > b ? a : b); }
+int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 } // namespace
 
-EQCVT_API int eqcvt_cuda_conv_attention_project(int dtype, const void* x, const void* q,
-                                                const void* k, const void* v, int64_t B, int64_t D,
-                                                int64_t H, int64_t W, int64_t kk, int64_t kv_stride,
-                                                int moments, void* a, void* b, void* c, void* mean,
-                                                void* variance, void* workspace,
-                                                int64_t* workspace_bytes, void* stream) {
+EQCVT_API int eqcvt_cuda_conv_attention_project(
+    int dtype, const void* x, const void* q, const void* k, const void* v, const void* norm_weight,
+    const void* norm_bias, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk,
+    int64_t kv_stride, int moments, double eps, void* a, void* b, void* c, void* mean,
+    void* variance, void* workspace, int64_t* workspace_bytes, void* stream) {
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const auto run = [&](auto width, auto size) -> int {
             constexpr int V = decltype(width)::value, KK = decltype(size)::value;
             Workspace space(workspace);
             Moments* partials = space.take<Moments>(moments ? blocks_for(B * H * W, D, V) * D : 0);
+            float2* statistics = space.take<float2>(norm_weight ? B * H * W : 0);
             if (workspace_bytes) {
                 *workspace_bytes = space.used;
                 return EQCVT_OK;
             }
+            if (norm_weight) {
+                EQCVT_TRY(norm_statistics(static_cast<const T*>(x), statistics, B * H * W, D, eps,
+                                          stream));
+            }
+            const Norm norm = {norm_weight ? statistics : nullptr,
+                               static_cast<const float*>(norm_weight),
+                               static_cast<const float*>(norm_bias)};
             const void* filters[] = {q, k, v};
             void* outs[] = {a, b, c};
             const int n = static_cast<int>(D);
@@ -354,6 +370,7 @@ EQCVT_API int eqcvt_cuda_conv_attention_project(int dtype, const void* x, const 
                 const int64_t H1 = (H - 1) / stride + 1, W1 = (W - 1) / stride + 1;
                 const int64_t blocks = blocks_for(B * H1 * W1, D, V);
                 const Project<T> p = {static_cast<const T*>(x),
+                                      norm,
                                       static_cast<const float*>(filters[i]),
                                       static_cast<T*>(outs[i]),
                                       moments ? partials : nullptr,
@@ -365,8 +382,8 @@ EQCVT_API int eqcvt_cuda_conv_attention_project(int dtype, const void* x, const 
                                       static_cast<int>(W1),
                                       static_cast<int>(kk),
                                       static_cast<int>(stride)};
-                const int shared = largest(kk * kk * D * sizeof(float),
-                                           Strands(n, V).strands * D * sizeof(Moments));
+                const int64_t shared = largest(kk * kk * D * sizeof(float),
+                                               Strands(n, V).strands * D * sizeof(Moments));
                 EQCVT_TRY(
                     launch(project_kernel<T, V, KK>, Grid(blocks), kThreads, shared, stream, p));
                 if (!moments) continue;
@@ -383,17 +400,21 @@ EQCVT_API int eqcvt_cuda_conv_attention_project(int dtype, const void* x, const 
 EQCVT_API int eqcvt_cuda_conv_attention_project_backward(
     int dtype, const void* da, const void* db, const void* dc, const void* dmean,
     const void* dvariance, const void* a, const void* b, const void* c, const void* mean,
-    const void* x, const void* q, const void* k, const void* v, int64_t B, int64_t D, int64_t H,
-    int64_t W, int64_t kk, int64_t kv_stride, void* dx, void* dq, void* dk, void* dv,
-    void* workspace, int64_t* workspace_bytes, void* stream) {
+    const void* x, const void* q, const void* k, const void* v, const void* norm_weight,
+    const void* norm_bias, int64_t B, int64_t D, int64_t H, int64_t W, int64_t kk,
+    int64_t kv_stride, double eps, void* dx, void* dq, void* dk, void* dv, void* dnorm_weight,
+    void* dnorm_bias, void* workspace, int64_t* workspace_bytes, void* stream) {
     return with_dtype(dtype, [&](auto type) {
         using T = decltype(type);
         const auto run = [&](auto width, auto size) -> int {
             constexpr int V = decltype(width)::value, KK = decltype(size)::value;
             const int64_t taps = kk * kk;
             Workspace space(workspace);
-            float* partials = space.take<float>(blocks_for(B * H * W, D, V) * taps * D);
+            const int64_t tokens = B * H * W;
+            float* partials = space.take<float>(
+                largest(blocks_for(tokens, D, V) * taps * D, norm_blocks(tokens) * 2 * D));
             float* sums = space.take<float>(taps * D);
+            float2* statistics = space.take<float2>(norm_weight ? tokens : 0);
             if (workspace_bytes) {
                 *workspace_bytes = space.used;
                 return EQCVT_OK;
@@ -402,6 +423,11 @@ EQCVT_API int eqcvt_cuda_conv_attention_project_backward(
             void* dfilters[] = {dq, dk, dv};
             ProjectBackward<T> p = {};
             p.x = static_cast<const T*>(x), p.dx = static_cast<T*>(dx), p.partials = partials;
+            if (norm_weight) {
+                EQCVT_TRY(norm_statistics(p.x, statistics, tokens, D, eps, stream));
+                p.norm = {statistics, static_cast<const float*>(norm_weight),
+                          static_cast<const float*>(norm_bias)};
+            }
             p.B = B, p.D = static_cast<int>(D), p.H = static_cast<int>(H);
             p.W = static_cast<int>(W), p.k = static_cast<int>(kk), p.projections = v ? 3 : 2;
             for (int i = 0; i < p.projections; ++i) {
@@ -421,8 +447,8 @@ EQCVT_API int eqcvt_cuda_conv_attention_project_backward(
                               static_cast<int>(W1),
                               static_cast<int>(stride)};
             }
-            EQCVT_TRY(launch(input_kernel<T, V, KK>, Grid(blocks_for(B * H * W, D, V) * 4),
-                             kThreads, p.projections * taps * D * sizeof(float), stream, p));
+            EQCVT_TRY(launch(input_kernel<T, V, KK>, Grid(blocks_for(tokens, D, V) * 4), kThreads,
+                             p.projections * taps * D * sizeof(float), stream, p));
             for (int i = 0; i < p.projections; ++i) {
                 const Gradient<T>& part = p.parts[i];
                 const int64_t blocks = blocks_for(B * part.H1 * part.W1, D, V);
@@ -434,7 +460,10 @@ EQCVT_API int eqcvt_cuda_conv_attention_project_backward(
                                  stream, sums, static_cast<float*>(dfilters[i]),
                                  static_cast<int>(taps), p.D));
             }
-            return EQCVT_OK;
+            if (!norm_weight) return EQCVT_OK;
+            return norm_backward(p.x, p.norm, p.dx, partials, tokens, D,
+                                 static_cast<float*>(dnorm_weight), static_cast<float*>(dnorm_bias),
+                                 stream);
         };
         return with_shape<T>(D, kk, {x, a, b, c, da, db, dc, dx}, run);
     });

@@ -49,9 +49,21 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def project(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *, kv_stride: int, moments: bool
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    kv_stride: int,
+    moments: bool,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the raw depthwise projections as tokens, and their batch statistics."""
+    """Return the raw depthwise projections as tokens, and their batch statistics.
+
+    With ``norm_weight`` and ``norm_bias`` ``[D]``, those of the layer norm of ``x``.
+    """
     B, D, H, W = x.shape
     keys = ((H - 1) // kv_stride + 1) * ((W - 1) // kv_stride + 1)
     statistics = (3 if v is not None else 2, D) if moments else (0,)
@@ -62,8 +74,8 @@ def project(
     variance = torch.empty_like(mean)
     launch(
         "conv_attention_project",
-        *(_channels_last(x), q, k, v),
-        *(B, D, H, W, q.shape[-1], kv_stride, moments),
+        *(_channels_last(x), q, k, v, norm_weight, norm_bias),
+        *(B, D, H, W, q.shape[-1], kv_stride, moments, eps),
         *(a, b, c if v is not None else None),
         *((mean, variance) if moments else (None, None)),
         like=x,
@@ -85,24 +97,27 @@ def project_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
     kv_stride: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of ``x`` (channels last in memory) and of the filters."""
+    eps: float = 1e-5,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of ``x`` (channels last in memory), of the filters and the norm."""
     B, D, H, W = x.shape
     dx = x.new_empty(B, H, W, D)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    dv = torch.empty_like(v) if v is not None else q.new_empty(0)
+    parameters = (q, k, v, norm_weight, norm_bias)
+    gradients = [None if t is None else torch.empty_like(t) for t in parameters]
     launch(
         "conv_attention_project_backward",
         *(da, db, dc if v is not None else None, dmean, dvariance),
         *(a, b, c if v is not None else None, mean if dmean is not None else None),
-        *(_channels_last(x), q, k, v),
-        *(B, D, H, W, q.shape[-1], kv_stride),
-        *(dx, dq, dk, dv if v is not None else None),
+        *(_channels_last(x), *parameters),
+        *(B, D, H, W, q.shape[-1], kv_stride, eps),
+        *(dx, *gradients),
         like=x,
     )
-    return dx.permute(0, 3, 1, 2), dq, dk, dv
+    return dx.permute(0, 3, 1, 2), *(q.new_empty(0) if t is None else t for t in gradients)
 
 
 def attend(

@@ -170,6 +170,9 @@ class ConvAttention(nn.Module):
         self.v = nn.Linear(dim, width, bias)
         self.out = nn.Linear(width, dim)
 
+    def _norm(self) -> ops.Norm:
+        return ops.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
+
     def _pointwise(self) -> ops.Pointwise:
         q, k, v, out = self.q, self.k, self.v, self.out
         return ops.Pointwise(
@@ -180,12 +183,13 @@ class ConvAttention(nn.Module):
         """Map tokens ``[B, D, H, W]`` to tokens, the residual included."""
         projections = [p for p in (self.q_conv, self.k_conv, self.v_conv) if p is not None]
         y, statistics = ops.conv_attention(
-            self.norm(x),
+            x,
             x,
             self.q_conv(),
             self.k_conv(),
             None if self.v_conv is None else self.v_conv(),
             self._pointwise(),
+            norm=self._norm(),
             heads=self.heads,
             kv_stride=self.kv_stride,
             dropout=self.dropout if self.training else 0.0,
@@ -201,10 +205,11 @@ class ConvAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Return the softmax weights ``[B, heads, N, M]`` for tokens ``[B, D, H, W]``."""
         return ops.attention_weights(
-            self.norm(x),
+            x,
             self.q_conv(),
             self.k_conv(),
             self._pointwise(),
+            norm=self._norm(),
             heads=self.heads,
             kv_stride=self.kv_stride,
             eps=self.q_conv.norm.eps,

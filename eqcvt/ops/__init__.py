@@ -1,7 +1,7 @@
 """The operations of the model: one file each, with its mathematics and plain reference."""
 
-from eqcvt.ops._backend import current_backend, explain, use_backend
-from eqcvt.ops.conv_attention import Depthwise, Pointwise, attention_weights, conv_attention
+from eqcvt.ops._backend import CannotServe, current_backend, explain, use_backend
+from eqcvt.ops.conv_attention import Depthwise, Norm, Pointwise, attention_weights, conv_attention
 from eqcvt.ops.lift import (
     blur_kernel,
     blur_line,
@@ -18,7 +18,9 @@ from eqcvt.ops.norm import batch_norm, layer_norm
 from eqcvt.ops.token_embed import token_embed
 
 __all__ = [
+    "CannotServe",
     "Depthwise",
+    "Norm",
     "Pointwise",
     "attention_weights",
     "batch_norm",

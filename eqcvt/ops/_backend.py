@@ -44,6 +44,10 @@ class Choice(NamedTuple):
     reason: str | None
 
 
+class CannotServe(RuntimeError):
+    """A backend that was asked for by name cannot serve a call; the text says why."""
+
+
 def current_backend() -> str:
     """Return the backend in force: ``use_backend``'s, at first ``EQCVT_BACKEND`` or auto."""
     return _requested
@@ -196,7 +200,7 @@ def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], 
         supports: asks a backend's module about this call, for the reason why not or None.
 
     Raises:
-        RuntimeError: if the backend asked for by name cannot serve the call, with the reason.
+        CannotServe: if the backend asked for by name cannot serve the call, with the reason.
     """
     requested = current_backend() if backend is None else backend
     if requested == "reference" or _exporting():  # every op has one, on every device
@@ -205,7 +209,7 @@ def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], 
     if requested != "auto":
         reason = _unavailable(requested, device) or supports(_modules[requested][op])
         if reason is not None:
-            raise RuntimeError(
+            raise CannotServe(
                 f"backend {requested!r} cannot serve {op} on {device}: {reason}; "
                 f"use_backend('auto') takes the fastest that can"
             )

@@ -1,16 +1,16 @@
 r"""Attention with convolutional projections, the core of the Convolutional vision Transformer.
 
 .. math::
-    a &= \mathrm{norm}(W^{dw}_q \star x), \quad b_k = \mathrm{norm}(W^{dw}_k \star x), \quad
-    b_v = \mathrm{norm}(W^{dw}_v \star x) \\
+    a &= \mathrm{norm}(W^{dw}_q \star z), \quad b_k = \mathrm{norm}(W^{dw}_k \star z), \quad
+    b_v = \mathrm{norm}(W^{dw}_v \star z) \\
     y &= x_0 + W_o \, \mathrm{concat}_h \; \mathrm{softmax}\!\left(
         \frac{(W_{q,h} a)^T (W_{k,h} b_k)}{\sqrt{d}} \right) W_{v,h} b_v + c
 
-with depthwise filters, strided for keys and values, and batch normalisation before the pointwise
-weights. EqCvT and vit-pytorch share one depthwise filter between keys and values (``k`` is ``v``);
-the original CvT has one each. There is no position code, so permuting tokens permutes the result:
-with depthwise filters that are symmetric under a group of the pixel grid, the op commutes with that
-group.
+where ``z`` is ``x`` or its layer normalisation, with depthwise filters, strided for keys and
+values, and batch normalisation before the pointwise weights. EqCvT and vit-pytorch share one
+depthwise filter between keys and values (``k`` is ``v``); the original CvT has one each. There is
+no position code, so permuting tokens permutes the result: with depthwise filters that are symmetric
+under a group of the pixel grid, the op commutes with that group.
 
 Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", ICCV 2021,
     arXiv:2103.15808.
@@ -28,16 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
-from eqcvt.ops._register import (
-    as_autocast,
-    autocast,
-    define,
-    parameter,
-    parameter_dtype,
-    seed_of,
-    zeros_if_none,
-)
-from eqcvt.ops.norm import batch_affine, batch_norm, running_affine
+from eqcvt.ops._conv_attention import attend, project
+from eqcvt.ops._register import as_autocast, autocast, parameter, parameter_dtype, seed_of
+from eqcvt.ops.norm import batch_affine, batch_norm, layer_norm, running_affine
 
 
 class Depthwise(NamedTuple):
@@ -51,6 +44,14 @@ class Depthwise(NamedTuple):
     weight: Tensor
     bias: Tensor
     running: tuple[Tensor, Tensor] | None
+
+
+class Norm(NamedTuple):
+    """The layer normalisation in front: its ``weight`` and ``bias`` ``[D]``."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
 
 
 class Pointwise(NamedTuple):
@@ -128,6 +129,7 @@ def conv_attention_reference(
     v: Depthwise | None,
     w: Pointwise,
     *,
+    norm: Norm | None,
     heads: int,
     kv_stride: int,
     dropout: float,
@@ -135,6 +137,8 @@ def conv_attention_reference(
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, tuple[Statistics | None, ...]]:
     """The definition of :func:`conv_attention` in plain PyTorch."""
+    if norm is not None:
+        x = layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
     qkv, statistics = _project(x, q, k, v, w, heads, kv_stride, eps, process_group)
     core = F.scaled_dot_product_attention(*qkv)
     y = F.linear(core.transpose(1, 2).flatten(2), w.out, w.out_bias)
@@ -151,6 +155,7 @@ def conv_attention(
     v: Depthwise | None,
     w: Pointwise,
     *,
+    norm: Norm | None = None,
     heads: int,
     kv_stride: int = 2,
     dropout: float = 0.0,
@@ -158,15 +163,16 @@ def conv_attention(
     process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Statistics | None, ...]]:
-    """Apply attention with convolutional projections to normalised tokens, and add the residual.
+    """Apply attention with convolutional projections to tokens, and add the residual.
 
     Args:
-        x: ``[B, D, H, W]``, normalised tokens, any memory format.
+        x: tokens ``[B, D, H, W]``, any memory format.
         residual: ``[B, D, H, W]``, added to the result.
         q: depthwise projection of the queries, stride 1.
         k: depthwise projection of the keys (and of the values, if ``v`` is None).
         v: depthwise projection of the values, or None.
         w: pointwise weights.
+        norm: layer normalisation of ``x`` before the projections; None where ``x`` has had it.
         heads: number of heads; the scores are scaled by ``d ** -0.5`` of the head dimension ``d``.
         kv_stride: stride of the key and value projections.
         dropout: probability that an entry of the projected output is dropped; 0 in evaluation.
@@ -180,7 +186,7 @@ def conv_attention(
 
     Raises:
         ValueError: if shapes do not fit together.
-        RuntimeError: if the backend asked for by name cannot serve the call.
+        CannotServe: if the backend asked for by name cannot serve the call.
     """
     if x.dim() != 4 or x.shape != residual.shape:
         raise ValueError(
@@ -213,6 +219,7 @@ def conv_attention(
         k,
         v,
         w,
+        norm=norm,
         heads=heads,
         kv_stride=kv_stride,
         dropout=dropout,
@@ -227,6 +234,7 @@ def attention_weights(
     k: Depthwise,
     w: Pointwise,
     *,
+    norm: Norm | None = None,
     heads: int,
     kv_stride: int = 2,
     eps: float = 1e-5,
@@ -235,6 +243,8 @@ def attention_weights(
 
     Arguments are those of :func:`conv_attention`; memory grows with queries times keys.
     """
+    if norm is not None:
+        x = layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
     (queries, keys, _), _ = _project(x, q, k, None, w, heads, kv_stride, eps, None)
     scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     return torch.softmax(scores, -1)
@@ -267,156 +277,6 @@ def _supports(
         as_autocast(x), q.filters, heads=heads, kv_stride=kv_stride
     )
     return reason
-
-
-def _sizes(x: Tensor, kernel: int, kv_stride: int) -> tuple[int, int]:
-    """Return the numbers of queries and keys."""
-    height, width = x.shape[-2:]
-    reach = 2 * (kernel // 2) - kernel
-    keys = [(n + reach) // kv_stride + 1 for n in (height, width)]
-    return height * width, keys[0] * keys[1]
-
-
-def _project_fake(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *, kv_stride: int, moments: bool
-) -> tuple[Tensor, ...]:
-    batch, dim = x.shape[:2]
-    queries, keys = _sizes(x, q.shape[-1], kv_stride)
-    statistics = (2 if v is None else 3, dim) if moments else 0
-    return (
-        x.new_empty(batch, queries, dim),
-        x.new_empty(batch, keys, dim),
-        x.new_empty(0 if v is None else (batch, keys, dim)),
-        q.new_empty(statistics),
-        q.new_empty(statistics),
-    )
-
-
-def _project_backward_fake(*inputs: Any, kv_stride: int) -> tuple[Tensor, ...]:
-    x, q, k, v = inputs[-4:]
-    dx = x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-    dv = q.new_empty(0 if v is None else v.shape)
-    return dx, q.new_empty(q.shape), k.new_empty(k.shape), dv
-
-
-_project_op_backward = define(
-    "conv_attention",
-    "project_backward",
-    "(Tensor da, Tensor db, Tensor? dc, Tensor? dmean, Tensor? dvariance, Tensor a, Tensor b,"
-    " Tensor? c, Tensor? mean, Tensor x, Tensor q, Tensor k, Tensor? v, *, int kv_stride)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _project_backward_fake,
-)
-
-
-def _project_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    x, q, k, v = inputs
-    a, b, c, mean, _ = output
-    ctx.options = keyword_only_inputs
-    ctx.save_for_backward(x, q, k, v, a, b, c, mean)
-
-
-def _project_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, q, k, v, a, b, c, mean = ctx.saved_tensors
-    da, db, dc = (zeros_if_none(g, t) for g, t in zip(gradients, (a, b, c)))  # noqa: B905
-    dmean = dvariance = None
-    if ctx.options["moments"]:
-        dmean, dvariance = (zeros_if_none(g, mean) for g in gradients[3:])
-    dx, dq, dk, dv = _project_op_backward(
-        da,
-        db,
-        None if v is None else dc,
-        dmean,
-        dvariance,
-        a,
-        b,
-        None if v is None else c,
-        mean if ctx.options["moments"] else None,
-        x,
-        q,
-        k,
-        v,
-        kv_stride=ctx.options["kv_stride"],
-        backend=ctx.options["backend"],
-    )
-    return dx, dq, dk, None if v is None else dv
-
-
-_project_op = define(
-    "conv_attention",
-    "project",
-    "(Tensor x, Tensor q, Tensor k, Tensor? v, *, int kv_stride, bool moments)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _project_fake,
-    setup_context=_project_context,
-    backward=_project_backward,
-)
-
-
-def _attend_fake(
-    a: Tensor, b: Tensor, c: Tensor | None, residual: Tensor | None, *params: Tensor, **options: Any
-) -> tuple[Tensor, ...]:
-    wq = params[2]
-    batch, queries, dim = a.shape
-    if not options["save"]:
-        return a.new_empty(a.shape), a.new_empty(0), wq.new_empty(0)
-    heads = wq.shape[0]
-    return (
-        a.new_empty(a.shape),
-        a.new_empty(batch, queries, heads, dim),
-        wq.new_empty(batch, heads, queries),
-    )
-
-
-def _attend_backward_fake(
-    dy: Tensor, a: Tensor, b: Tensor, c: Tensor | None, *params: Tensor, dropout: float
-) -> tuple[Tensor, ...]:
-    dc = a.new_empty(0 if c is None else c.shape)
-    parameters = [t.new_empty(t.shape) for t in params[:6]]
-    return a.new_empty(a.shape), b.new_empty(b.shape), dc, *parameters
-
-
-_attend_op_backward = define(
-    "conv_attention",
-    "attend_backward",
-    "(Tensor dy, Tensor a, Tensor b, Tensor? c, Tensor scale, Tensor shift, Tensor wq, Tensor bq,"
-    " Tensor wo, Tensor bo, Tensor seed, Tensor o, Tensor lse, *, float dropout)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _attend_backward_fake,
-)
-
-
-def _attend_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    a, b, c, _, *params = inputs
-    _, o, lse = output
-    ctx.options = keyword_only_inputs
-    ctx.save_for_backward(a, b, c, *params, o, lse)
-    ctx.mark_non_differentiable(o, lse)
-    ctx.set_materialize_grads(False)  # no zeros of the size of o
-
-
-def _attend_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if not ctx.options["save"]:
-        raise RuntimeError("conv_attention_attend was called without save, but needs a gradient")
-    a, b, c, *rest = ctx.saved_tensors
-    dy = zeros_if_none(dy, a)
-    da, db, dc, *params = _attend_op_backward(
-        dy, a, b, c, *rest, dropout=ctx.options["dropout"], backend=ctx.options["backend"]
-    )
-    residual = dy if ctx.needs_input_grad[3] else None
-    return da, db, None if c is None else dc, residual, *params, None
-
-
-_attend_op = define(
-    "conv_attention",
-    "attend",
-    "(Tensor a, Tensor b, Tensor? c, Tensor? residual, Tensor scale, Tensor shift, Tensor wq,"
-    " Tensor bq, Tensor wo, Tensor bo, Tensor seed, *, float dropout, bool save)"
-    " -> (Tensor, Tensor, Tensor)",
-    _attend_fake,
-    setup_context=_attend_context,
-    backward=_attend_backward,
-)
 
 
 def _fold(w: Pointwise, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -487,6 +347,7 @@ def _conv_attention_fused(
     v: Depthwise | None,
     w: Pointwise,
     *,
+    norm: Norm | None,
     heads: int,
     kv_stride: int,
     dropout: float,
@@ -494,17 +355,27 @@ def _conv_attention_fused(
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, tuple[Statistics | None, ...]]:
     """:func:`conv_attention` by the kernels of ``backend``."""
-    x, residual = autocast(x), autocast(residual)
+    shared = residual is x
+    x = autocast(x)
+    residual = x if shared else autocast(residual)
     batch, dim, height, width = x.shape
     dtype = parameter_dtype(x)
     projections = [p for p in (q, k, v) if p is not None]
-    a, b, c, mean, variance = _project_op(
+    parameters = [
+        None if t is None else parameter(t, dtype)
+        for t in (
+            q.filters,
+            k.filters,
+            None if v is None else v.filters,
+            *((None, None) if norm is None else norm[:2]),
+        )
+    ]
+    a, b, c, mean, variance = project(
         x,
-        parameter(q.filters, dtype),
-        parameter(k.filters, dtype),
-        None if v is None else parameter(v.filters, dtype),
+        *parameters,
         kv_stride=kv_stride,
         moments=any(p.running is None for p in projections),
+        eps=0.0 if norm is None else norm.eps,
         backend=backend,
     )
     counts = [batch * n for n in (a.shape[1], b.shape[1], b.shape[1])]
@@ -517,7 +388,7 @@ def _conv_attention_fused(
     same = residual.dtype == x.dtype
     inputs = (a, b, c, tokens, scale, shift, *folded)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    y, _, _ = _attend_op(
+    y, _, _ = attend(
         a,
         b,
         None if v is None else c,

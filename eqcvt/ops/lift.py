@@ -215,7 +215,7 @@ def lift(
 
     Raises:
         ValueError: if shapes do not fit together, or nothing would be left of the image.
-        RuntimeError: if the backend asked for by name cannot serve the call.
+        CannotServe: if the backend asked for by name cannot serve the call.
     """
     if x.dim() != 4 or bank.dim() != 5 or x.shape[1] != bank.shape[2]:
         raise ValueError(

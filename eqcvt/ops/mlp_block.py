@@ -76,7 +76,7 @@ def mlp_block(
 
     Raises:
         ValueError: if the channels do not fit.
-        RuntimeError: if the backend asked for by name cannot serve the call.
+        CannotServe: if the backend asked for by name cannot serve the call.
     """
     if x.dim() != 4 or x.shape[1] != w1.shape[1] or w1.shape[0] != w2.shape[1]:
         raise ValueError(

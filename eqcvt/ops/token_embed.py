@@ -68,7 +68,7 @@ def token_embed(
 
     Raises:
         ValueError: if the channels do not fit.
-        RuntimeError: if the backend asked for by name cannot serve the call.
+        CannotServe: if the backend asked for by name cannot serve the call.
     """
     if x.dim() != 4 or x.shape[1] != filters.shape[1]:
         raise ValueError(

@@ -52,6 +52,7 @@ def conv_attention(
     head_dim: int = 16,
     kernel: int = 3,
     values: bool = True,
+    norm: bool = True,
     **options: Any,
 ) -> tuple[Call, list[Tensor]]:
     """Return a call of the attention block, and its differentiable inputs."""
@@ -64,6 +65,8 @@ def conv_attention(
     inputs += [torch.randn(width, dim) / dim**0.5 for _ in range(3)]
     inputs += [torch.randn(dim, width) / width**0.5]
     inputs += [torch.randn(width) / 4 for _ in range(3)] + [torch.randn(dim)]
+    if norm:
+        inputs += [torch.rand(dim) + 0.5, torch.randn(dim) / 2]
     running = [(torch.randn(dim) / 5, torch.rand(dim) + 0.5) for _ in range(count)]
 
     def call(*t: Tensor) -> list[Tensor]:
@@ -73,9 +76,10 @@ def conv_attention(
             filters, weight, bias = t[2 + 3 * i : 5 + 3 * i]
             parts.append(ops.Depthwise(filters, weight, bias, still))
         v = parts[2] if values else None
-        w = ops.Pointwise(*t[2 + 3 * count :])
+        w = ops.Pointwise(*t[2 + 3 * count : 10 + 3 * count])
+        first = ops.Norm(t[-2], t[-1]) if norm else None
         y, statistics = ops.conv_attention(
-            t[0], t[1], parts[0], parts[1], v, w, heads=heads, **options
+            t[0], t[1], parts[0], parts[1], v, w, norm=first, heads=heads, **options
         )
         return [y, *(s for pair in statistics if pair is not None for s in pair)]
 
@@ -151,6 +155,7 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
         "64 channels, 5x5": {"shape": (1, 64, 14, 19), "head_dim": 64, "kernel": 5},
         "128 channels": {"shape": (1, 128, 11, 13), "head_dim": 128, "heads": 2},
         "two keys": {"shape": (3, 18, 3, 2), "heads": 1, "head_dim": 32},
+        "normalised": {"shape": (2, 20, 9, 7), "norm": False},
     },
     "mlp_block": {
         "model": {"shape": (2, 32, 61, 61), "hidden": 64},

@@ -223,6 +223,7 @@ def test_a_key_that_is_not_finite_spoils_its_image_only(value: float) -> None:
 
 PROJECTIONS: dict[str, dict[str, Any]] = {
     "model": {"width": 32, "height": 9, "breadth": 15, "batch": 1},
+    "no norm": {"norm": False, "height": 5, "batch": 1},
     "values": {"values": True, "stride": 3, "height": 13, "breadth": 5, "width": 24, "batch": 1},
     "wide filters": {"size": 5, "height": 4, "breadth": 6, "batch": 1, "width": 40},
     "no moments": {"moments": False, "stride": 1, "values": True, "height": 5},
@@ -242,6 +243,7 @@ class Projection:
         size: int = 3,
         stride: int = 2,
         values: bool = False,
+        norm: bool = True,
         moments: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -249,10 +251,11 @@ class Projection:
         self.x = x.contiguous(memory_format=torch.channels_last)
         q, k, v = torch.randn(3, width, 1, size, size).unbind()
         self.filters = [q / size, k / size, v / size if values else None]
+        self.norm = [torch.rand(width) + 0.5, torch.randn(width) / 2] if norm else [None, None]
         self.stride, self.moments = {"kv_stride": stride}, moments
 
     def forward(self) -> list[Any]:
-        return [self.x, *self.filters]
+        return [self.x, *self.filters, *self.norm]
 
     def backward(self, a: Tensor, b: Tensor, c: Tensor, mean: Tensor) -> list[Any]:
         values = self.filters[2] is not None
@@ -274,7 +277,8 @@ def _check_projection(case: Projection) -> None:
     settings = case.stride | {"moments": case.moments}
     names = ("a", "b", "c", "mean", "variance")
     a, b, c, mean, _ = _compare(names, _of("project"), case.forward(), settings)
-    arguments, names = case.backward(a, b, c, mean), ("dx", "dq", "dk", "dv")
+    arguments = case.backward(a, b, c, mean)
+    names = ("dx", "dq", "dk", "dv", "dnorm_weight", "dnorm_bias")
     dx, *_ = _compare(names, _of("project_backward"), arguments, case.stride, backward=True)
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
@@ -289,7 +293,7 @@ def test_half_precision_projections_are_as_good_as_pytorch_s() -> None:
 
 
 def test_statistics_keep_a_small_variance_beside_a_large_mean() -> None:
-    case = Projection(height=30, breadth=11, size=3)
+    case = Projection(height=30, breadth=11, size=3, norm=False)
     case.x = case.x / 4096 + 4
     _, _, _, mean, variance = conv_attention.project(*case.forward(), moments=True, **case.stride)
     a, b, *_ = conv_attention.project(*case.forward(), moments=False, **case.stride)
@@ -299,13 +303,20 @@ def test_statistics_keep_a_small_variance_beside_a_large_mean() -> None:
         torch.testing.assert_close(variance[i].double(), exact, rtol=1e-5, atol=0)
 
 
+def test_a_layer_norm_of_tokens_with_a_large_mean_loses_nothing() -> None:
+    case = Projection(height=5)
+    case.x = case.x + 1000
+    _check_projection(case)
+
+
 def test_any_strides_give_the_same_projections() -> None:
     case = Projection()
     expected = conv_attention.project(*case.forward(), moments=True, **case.stride)
     wide = torch.zeros(2, 20, 7, 14)
     wide[:, 2:18, :, 1:13:2] = case.x
     for x in (case.x.contiguous(), wide[:, 2:18, :, 1:13:2]):
-        found = conv_attention.project(x, *case.filters, moments=True, **case.stride)
+        case.x = x
+        found = conv_attention.project(*case.forward(), moments=True, **case.stride)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -383,10 +394,11 @@ def test_an_empty_batch_gives_empty_results() -> None:
     assert not mean.any()
     assert not variance.any()
     arguments = projection.backward(a, b, c, mean)
-    dx, dq, dk, dv = conv_attention.project_backward(*arguments, **projection.stride)
+    dx, dq, dk, dv, *dnorm = conv_attention.project_backward(*arguments, **projection.stride)
     assert (dx.shape, dv.shape) == ((0, 16, 7, 6), (0,))
-    assert not dq.any()
-    assert not dk.any()
+    for t, p in zip((dq, dk, *dnorm), [*projection.filters[:2], *projection.norm], strict=True):
+        assert t.shape == p.shape
+        assert not t.any()
 
 
 @pytest.mark.parametrize(
@@ -434,9 +446,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 dtype = getattr(torch, name)
                 x = new(128, 61, 61, width, dtype=dtype).permute(0, 3, 1, 2)
                 q, k, affine = new(width, 1, 3, 3), new(width, 1, 3, 3), new(2, width)
-                a, b, _, mean, variance = conv_attention.project(
-                    x, q, k, None, kv_stride=2, moments=True
-                )
+                inputs = x, q, k, None, new(width), new(width)
+                a, b, _, mean, variance = conv_attention.project(*inputs, kv_stride=2, moments=True)
                 square, line = new(3, width, width), new(3, width)
                 weights = (
                     affine,
@@ -450,9 +461,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 y, o, lse = conv_attention.attend(a, b, None, a, *weights, dropout=0.1, save=True)
                 conv_attention.attend_backward(y, a, b, None, *weights, o, lse, dropout=0.1)
                 gradients = a, b, None, mean, variance
-                conv_attention.project_backward(
-                    *gradients, a, b, None, mean, x, q, k, None, kv_stride=2
-                )
+                conv_attention.project_backward(*gradients, a, b, None, mean, *inputs, kv_stride=2)
 
             yield f"{name} {width}", run
 

@@ -25,7 +25,7 @@ SEED = torch.tensor([-(2**61) + 987654321])
 ATTENDED = ("y", "o", "lse")
 ATTEND_GRADIENTS = ("da", "db", "dc", "dscale", "dshift", "dwq", "dbq", "dwo", "dbo")
 PROJECTED = ("a", "b", "c", "mean", "variance")
-PROJECT_GRADIENTS = ("dx", "dq", "dk", "dv")
+PROJECT_GRADIENTS = ("dx", "dq", "dk", "dv", "dnorm_weight", "dnorm_bias")
 
 
 @pytest.fixture(autouse=True)
@@ -328,10 +328,12 @@ class Projection(NamedTuple):
     separate: bool = False
     moments: bool = True
     offset: float = 1.0
+    norm: bool = True
 
 
 PROJECTIONS = {
     "the model's": Projection(2, 32, 13, 11),
+    "no layer norm": Projection(2, 32, 9, 8, norm=False),
     "separate values": Projection(2, 32, 7, 12, separate=True),
     "no statistics": Projection(2, 32, 7, 9, separate=True, moments=False),
     "one pixel": Projection(1, 16, 1, 1, separate=True),
@@ -344,6 +346,7 @@ PROJECTIONS = {
     "stride 3": Projection(2, 17, 8, 10, stride=3),
     "stride beyond the filter": Projection(2, 19, 9, 11, stride=5, separate=True),
     "a mean of a thousand": Projection(2, 32, 13, 11, offset=1e3),
+    "the same without a norm": Projection(2, 32, 13, 11, offset=1e3, norm=False),
 }
 
 
@@ -355,10 +358,14 @@ def projection_inputs(case: Projection, dtype: torch.dtype = torch.float32) -> l
 
     x = normal(case.batch, case.dim, case.height, case.width) + case.offset
     filters = [normal(case.dim, 1, case.filter, case.filter) for _ in range(3)]
+    parameters = [
+        *filters[:2],
+        filters[2] if case.separate else None,
+        *([normal(case.dim) / 4 + 1, normal(case.dim)] if case.norm else [None, None]),
+    ]
     return [
         x.to(dtype).to(memory_format=torch.channels_last),
-        *(f.to(parameter_dtype(dtype)) for f in filters[:2]),
-        filters[2].to(parameter_dtype(dtype)) if case.separate else None,
+        *(None if p is None else p.to(parameter_dtype(dtype)) for p in parameters),
     ]
 
 
@@ -434,6 +441,7 @@ def test_projection_is_as_good_as_the_primitives(case: Projection, dtype: torch.
         separate=st.booleans(),
         moments=st.booleans(),
         offset=st.just(1.0),
+        norm=st.booleans(),
     )
 )
 def test_projection_of_any_size(case: Projection) -> None:
@@ -442,15 +450,15 @@ def test_projection_of_any_size(case: Projection) -> None:
 
 @pytest.mark.parametrize("order", ["contiguous", "sliced", "transposed"])
 def test_projection_of_any_strides(order: str) -> None:
-    x, q, k, _ = projection_inputs(Projection(2, 32, 6, 6))
+    x, *parameters = projection_inputs(Projection(2, 32, 6, 6))
     layouts = {
         "contiguous": x.contiguous(),
         "sliced": torch.cat([x, x], 1)[:, 16:48].roll(16, 1),
         "transposed": x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
     }
     options = {"kv_stride": 2, "moments": True}
-    expected = conv_attention.project(x, q, k, None, **options)
-    found = conv_attention.project(layouts[order], q, k, None, **options)
+    expected = conv_attention.project(x, *parameters, **options)
+    found = conv_attention.project(layouts[order], *parameters, **options)
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
@@ -463,7 +471,7 @@ def test_projection_of_an_empty_batch() -> None:
     gradients = conv_attention.project_backward(
         *projection_gradients(case, found), *it, kv_stride=2
     )
-    assert [t.shape for t in gradients] == [(0, 32, 7, 5), *(3 * [(32, 1, 3, 3)])]
+    assert [t.shape for t in gradients] == [(0, 32, 7, 5), *(3 * [(32, 1, 3, 3)]), (32,), (32,)]
     assert not any(t.any() for t in gradients)
 
 
@@ -488,12 +496,13 @@ def test_projection_gives_the_same_bits_again(threads: int) -> None:
     assert all(torch.equal(f, g) for f, g in zip(found, again, strict=True))
 
 
-def test_nan_in_an_image_spreads_as_in_a_convolution() -> None:
-    x, q, k, _ = projection_inputs(Projection(2, 32, 9, 9))
+@pytest.mark.parametrize("norm", [False, True])
+def test_nan_in_an_image_spreads_as_in_a_convolution(norm: bool) -> None:
+    x, *parameters = projection_inputs(Projection(2, 32, 9, 9, norm=norm))
     x[1, 3, 4, 4] = float("nan")
     options = {"kv_stride": 2, "moments": True}
-    found = conv_attention.project(x, q, k, None, **options)
-    expected = primitives.conv_attention_project(x, q, k, None, **options)
+    found = conv_attention.project(x, *parameters, **options)
+    expected = primitives.conv_attention_project(x, *parameters, **options)
     for f, e in zip(found, expected, strict=True):
         assert torch.equal(f.isnan(), e.isnan())
 

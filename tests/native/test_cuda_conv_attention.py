@@ -11,6 +11,7 @@ from tests.ops import primitives
 from tests.tolerance import assert_as_good
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-3
 SEED = torch.tensor([-(2**61) + 987654321])
 
 
@@ -169,34 +170,35 @@ def test_attend_backward(
 
 
 def _project(
-    native: Emulated, x: Tensor, filters: list[Tensor | None], kv_stride: int, moments: bool
+    native: Emulated, x: Tensor, parameters: list[Tensor | None], kv_stride: int, moments: bool
 ) -> tuple[Tensor, ...]:
     """Call the launcher with x [B, D, H, W], whose memory it wants channels last."""
     batch, d, h, w = x.shape
-    kk, p = filters[0].shape[-1], sum(f is not None for f in filters)
+    kk, p = parameters[0].shape[-1], sum(f is not None for f in parameters[:3])
     n, m = h * w, -(-h // kv_stride) * -(-w // kv_stride)
     outs = [new((batch, t, d), x.dtype) for t in (n, m, m)]
     stats = [new((p, d) if moments else (0,), torch.float32) for _ in range(2)]
     results = [outs[0], outs[1], outs[2] if p == 3 else None, *(stats if moments else [None, None])]
     last = x.permute(0, 2, 3, 1).contiguous()
-    sizes = [batch, d, h, w, kk, kv_stride]
-    native.launch("conv_attention_project", last, *filters, *sizes, moments, *results, like=x)
+    options = [batch, d, h, w, kk, kv_stride, moments, EPS]
+    native.launch("conv_attention_project", last, *parameters, *options, *results, like=x)
     return outs[0], outs[1], outs[2] if p == 3 else x.new_empty(0), *stats
 
 
 def _project_args(
-    batch: int, d: int, h: int, w: int, kk: int, *, separate: bool, dtype: torch.dtype
+    batch: int, d: int, h: int, w: int, kk: int, *, separate: bool, norm: bool, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor | None]]:
     torch.manual_seed(batch + d + h + w + kk)
     x = (torch.randn(batch, d, h, w) + 1).to(dtype)
     filters = [torch.randn(d, 1, kk, kk) / kk for _ in range(3)]
-    return x, [filters[0], filters[1], filters[2] if separate else None]
+    affine = [torch.rand(d) + 0.5, torch.randn(d) / 2] if norm else [None, None]
+    return x, [filters[0], filters[1], filters[2] if separate else None, *affine]
 
 
 def _call_project_backward(
     native: Emulated,
     x: Tensor,
-    filters: list[Tensor | None],
+    parameters: list[Tensor | None],
     gradients: list[Tensor | None],
     statistics: list[Tensor | None],
     tokens: list[Tensor | None],
@@ -205,38 +207,43 @@ def _call_project_backward(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return the results, and the arguments that the primitive wants before x."""
     batch, d, h, w = x.shape
-    like = [f for f in filters if f is not None]
-    found = [new((batch, h, w, d), x.dtype), *(new(tuple(f.shape), f.dtype) for f in like)]
+    dx = new((batch, h, w, d), x.dtype)
+    found = [None if p is None else new(tuple(p.shape), p.dtype) for p in parameters]
     args = [*gradients, *statistics, *tokens, mean if statistics[0] is not None else None]
     last = x.permute(0, 2, 3, 1).contiguous()
-    sizes = [batch, d, h, w, filters[0].shape[-1], kv_stride]
-    outs = [*found, None][:4]
-    native.launch("conv_attention_project_backward", *args, last, *filters, *sizes, *outs, like=x)
-    found[0] = found[0].permute(0, 3, 1, 2)
-    return [*found, x.new_empty(0)][:4], args
+    options = [batch, d, h, w, parameters[0].shape[-1], kv_stride, EPS]
+    native.launch(
+        "conv_attention_project_backward", *args, last, *parameters, *options, dx, *found, like=x
+    )
+    empty = x.new_empty(0)
+    return [dx.permute(0, 3, 1, 2), *(empty if t is None else t for t in found)], args
 
 
 def _project_backward(
-    native: Emulated, x: Tensor, filters: list[Tensor | None], forward: list[Tensor], kv_stride: int
+    native: Emulated,
+    x: Tensor,
+    parameters: list[Tensor | None],
+    forward: list[Tensor],
+    kv_stride: int,
 ) -> list[Tensor]:
     """The gradients for outputs that serve as their own gradients."""
-    tokens = [t if f is not None else None for t, f in zip(forward[:3], filters, strict=True)]
+    tokens = [*forward[:2], None if parameters[2] is None else forward[2]]
     moments = forward[3].numel() > 0
     statistics = [forward[3], forward[4]] if moments else [None, None]
-    args = (x, filters, tokens, statistics, tokens, forward[3], kv_stride)
+    args = (x, parameters, tokens, statistics, tokens, forward[3], kv_stride)
     return _call_project_backward(native, *args)[0]
 
 
 PROJECTIONS = pytest.mark.parametrize(
-    ("batch", "d", "h", "w", "kk", "kv_stride", "separate", "moments"),
+    ("batch", "d", "h", "w", "kk", "kv_stride", "separate", "moments", "norm"),
     [
-        (2, 32, 7, 5, 3, 2, False, True),
-        (1, 16, 11, 13, 3, 2, True, True),
-        (1, 7, 6, 4, 3, 1, True, False),
-        (3, 128, 3, 2, 3, 2, False, True),
-        (1, 20, 9, 8, 5, 3, True, True),
-        (1, 3, 1, 1, 7, 2, False, False),
-        (1, 4, 40, 37, 3, 2, False, True),
+        (2, 32, 7, 5, 3, 2, False, True, True),
+        (1, 16, 11, 13, 3, 2, True, True, False),
+        (1, 7, 6, 4, 3, 1, True, False, True),
+        (3, 128, 3, 2, 3, 2, False, True, True),
+        (1, 20, 9, 8, 5, 3, True, True, True),
+        (1, 3, 1, 1, 7, 2, False, False, False),
+        (1, 4, 40, 37, 3, 2, False, True, True),
     ],
 )
 
@@ -254,10 +261,11 @@ def test_project(
     kv_stride: int,
     separate: bool,
     moments: bool,
+    norm: bool,
 ) -> None:
-    x, filters = _project_args(batch, d, h, w, kk, separate=separate, dtype=dtype)
+    x, filters = _project_args(batch, d, h, w, kk, separate=separate, norm=norm, dtype=dtype)
     found = _project(native, x, filters, kv_stride, moments)
-    options = {"kv_stride": kv_stride, "moments": moments}
+    options = {"kv_stride": kv_stride, "moments": moments, "eps": EPS}
     reference = primitives.conv_attention_project(x, *filters, **options)
     exact = primitives.conv_attention_project(*_double((x, *filters)), **options)
     for t, e, r in zip(found, exact, reference, strict=True):
@@ -284,8 +292,9 @@ def test_project_backward(
     kv_stride: int,
     separate: bool,
     moments: bool,
+    norm: bool,
 ) -> None:
-    x, filters = _project_args(batch, d, h, w, kk, separate=separate, dtype=dtype)
+    x, filters = _project_args(batch, d, h, w, kk, separate=separate, norm=norm, dtype=dtype)
     *raw, mean, _ = _project(native, x, filters, kv_stride, moments)
     tokens = [t if t.numel() else None for t in raw]
     gradients = [torch.randn(t.shape).to(dtype) if t is not None else None for t in tokens]
@@ -297,8 +306,9 @@ def test_project_backward(
         native, x, filters, gradients, statistics, tokens, mean, kv_stride
     )
     args += [x, *filters]
-    reference = primitives.conv_attention_project_backward(*args, kv_stride=kv_stride)
-    exact = primitives.conv_attention_project_backward(*_double(tuple(args)), kv_stride=kv_stride)
+    options = {"kv_stride": kv_stride, "eps": EPS}
+    reference = primitives.conv_attention_project_backward(*args, **options)
+    exact = primitives.conv_attention_project_backward(*_double(tuple(args)), **options)
     for t, e, r in zip(found, exact, reference, strict=True):
         if e.numel():
             assert_as_good(t, e, r, backward=True)
@@ -325,7 +335,7 @@ def test_attend_in_any_order_of_threads(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_project_in_any_order_of_threads(native: Emulated, dtype: torch.dtype) -> None:
-    x, filters = _project_args(2, 20, 9, 8, 3, separate=True, dtype=dtype)
+    x, filters = _project_args(2, 20, 9, 8, 3, separate=True, norm=True, dtype=dtype)
     runs = []
     for order in (0, 1, 4):
         native.order(order)
@@ -350,7 +360,7 @@ def test_empty_batch(native: Emulated, dtype: torch.dtype, separate: bool) -> No
     forward = _attend(native, args, dropout=0.1, save=True)
     found = _attend_backward(native, args[0], args, *forward[1:], 0.1)
     assert all((t == 0).all() for t in found)
-    x, filters = _project_args(0, 8, 3, 2, 3, separate=separate, dtype=dtype)
+    x, filters = _project_args(0, 8, 3, 2, 3, separate=separate, norm=True, dtype=dtype)
     projected = list(_project(native, x, filters, 2, moments=False))
     assert all((t == 0).all() for t in _project_backward(native, x, filters, projected, 2)[1:])
 
@@ -397,7 +407,7 @@ def test_scores_far_from_zero(native: Emulated, dtype: torch.dtype) -> None:
 
 def test_sizes_that_are_refused(native: Emulated) -> None:
     args = _attend_args(1, 2, 2, 129, 1, separate=False, residual=False, dtype=torch.float32)
-    x, filters = _project_args(1, 4, 3, 3, 9, separate=False, dtype=torch.float32)
+    x, filters = _project_args(1, 4, 3, 3, 9, separate=False, norm=True, dtype=torch.float32)
     with pytest.raises(AssertionError, match="status -3"):
         _attend(native, args, dropout=0.0, save=True)
     with pytest.raises(AssertionError, match="status -3"):

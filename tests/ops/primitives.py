@@ -164,8 +164,20 @@ def _depthwise(x: Tensor, filters: Tensor, stride: int) -> Tensor:
 
 
 def conv_attention_project(
-    x: Tensor, q: Tensor, k: Tensor, v: Tensor | None, *, kv_stride: int, moments: bool
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    kv_stride: int,
+    moments: bool,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if norm_weight is not None and norm_bias is not None:
+        params = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+        x = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), *params, eps).permute(0, 3, 1, 2)
     raw = [_depthwise(x, q, 1), _depthwise(x, k, kv_stride)]
     if v is not None:
         raw.append(_depthwise(x, v, kv_stride))
@@ -191,16 +203,17 @@ def conv_attention_project_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     *,
     kv_stride: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    leaves = _leaf(x, q, k) + (_leaf(v) if v is not None else [])
-    raw = conv_attention_project(
-        *leaves[:3],
-        leaves[3] if v is not None else None,
-        kv_stride=kv_stride,
-        moments=False,
-    )[: len(leaves) - 1]
+    eps: float = 1e-5,
+) -> tuple[Tensor, ...]:
+    inputs = (x, q, k, v, norm_weight, norm_bias)
+    leaves = [None if t is None else _leaf(t)[0] for t in inputs]
+    there = [t for t in leaves if t is not None]
+    raw = conv_attention_project(*leaves, kv_stride=kv_stride, moments=False, eps=eps)
+    raw = raw[: 2 if v is None else 3]
     gradients = []
     for i, (g, t) in enumerate(zip([da, db, dc], [a, b, c], strict=True)):
         if t is None or g is None:
@@ -210,8 +223,8 @@ def conv_attention_project_backward(
             count = t.shape[0] * t.shape[1]
             g = g + (dmean[i] + 2 * dvariance[i] * (t.to(q.dtype) - mean[i])) / count
         gradients.append(g.to(x.dtype))
-    found = [g.detach() for g in torch.autograd.grad(raw, leaves, gradients)]
-    return found[0], found[1], found[2], found[3] if v is not None else q.new_empty(0)
+    found = iter(torch.autograd.grad(raw, there, gradients))
+    return tuple(q.new_empty(0) if t is None else next(found).detach() for t in leaves)
 
 
 def conv_attention_attend(

@@ -71,6 +71,27 @@ def test_op_is_its_formula_written_out(separate: bool, bias: bool, kv_stride: in
     assert len(statistics) == (3 if separate else 2)
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_norm_in_front_is_layer_norm_of_the_tokens(separate: bool) -> None:
+    x, residual = torch.randn(2, 2, 16, 7, 5, dtype=torch.float64)
+    q, k, v, w = _depthwise(16), _depthwise(16), _depthwise(16), _pointwise(16, 2, 16)
+    norm = ops.Norm(*torch.randn(2, 16, dtype=torch.float64), eps=0.1)
+    options = {"heads": 2, "kv_stride": 2}
+    parts = (residual, q, k, v if separate else None, w)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    y, statistics = ops.conv_attention(leaves[0], *parts, norm=norm, **options)
+    z = F.layer_norm(leaves[1].permute(0, 2, 3, 1), (16,), *norm).permute(0, 3, 1, 2)
+    expected, wanted = ops.conv_attention(z, *parts, **options)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    for found, pair in zip(statistics, wanted, strict=True):
+        torch.testing.assert_close(found, pair)
+    dy = torch.randn_like(y)
+    dx, dz = (torch.autograd.grad(t, leaf, dy)[0] for t, leaf in zip((y, expected), leaves))  # noqa: B905
+    torch.testing.assert_close(dx, dz, atol=1e-11, rtol=0)
+    weights = ops.attention_weights(x, q, k, w, norm=norm, **options)
+    torch.testing.assert_close(weights, ops.attention_weights(z.detach(), q, k, w, **options))
+
+
 def test_weights_are_a_distribution_over_the_keys() -> None:
     x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
     q, k, w = _depthwise(4), _depthwise(4), _pointwise(4, 3, 5)
@@ -96,10 +117,12 @@ def test_gradients_are_those_of_finite_differences() -> None:
     leaves = [t.requires_grad_() for p in (q, k, v) for t in p[:3]] + [
         t.requires_grad_() for t in w if t is not None
     ]
+    leaves += [t.requires_grad_() for t in torch.randn(2, 3, dtype=torch.float64).unbind()]
 
     def run(x: Tensor, *leaves: Tensor) -> Tensor:
         parts = [ops.Depthwise(*leaves[3 * i : 3 * i + 3], None) for i in range(3)]
-        y, _ = ops.conv_attention(x, x, *parts, ops.Pointwise(*leaves[9:]), heads=2)
+        pointwise, norm = ops.Pointwise(*leaves[9:-2]), ops.Norm(*leaves[-2:])
+        y, _ = ops.conv_attention(x, x, *parts, pointwise, norm=norm, heads=2)
         return y
 
     assert torch.autograd.gradcheck(run, (x, *leaves), atol=1e-4)
