@@ -466,12 +466,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{name} {width}", run
 
 
-def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     target = f"{__name__}:calls"
     lines = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot", target, "80", "90"],
-        env={"EQCVT_AOT": "bfloat16", **environment},
+        env={"EQCVT_AOT": "bfloat16", **({"EQCVT_AOT_WIDE": "1"} if wide else {}), **environment},
         check=True,
         capture_output=True,
         text=True,
