@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 
-from eqcvt._check import choice
-from eqcvt.models import VisionModel, list_pretrained, pretrained_folder
+from eqcvt.models import VisionModel, list_pretrained
+from eqcvt.train.trained import class_names, model_folder
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Loaded:
 
 
 def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
-    """Load the model that ``path`` means (see ``checkpoint_folder``).
+    """Load the model that ``path`` means (see ``model_folder``).
 
     Under torchrun, ``auto`` and ``cuda`` stand for the process's own GPU.
 
@@ -50,45 +49,17 @@ def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
     import eqcvt
     from eqcvt.nn import set_backend
     from eqcvt.train.distributed import resolve_device
-    from eqcvt.train.loop import CLASSES
 
     where = resolve_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
-    folder = checkpoint_folder(path, last=last)
+    folder = model_folder(path, last=last)
     packaged = not path.exists()
     run = folder.parent if folder.name in ("best", "last") else None
     model = eqcvt.load_model(folder).to(where).eval()
     set_backend(model, None)  # the fastest there is, or what EQCVT_BACKEND names
-    names: tuple[str, ...] = ()
-    for place in (folder, folder.parent):
-        if (place / CLASSES).is_file():
-            names = tuple(map(str, json.loads((place / CLASSES).read_text(encoding="utf-8"))))
-            break
+    names = class_names(folder)
     if len(names) != int(model.config["num_classes"]):
         names = ()
     return Loaded(model, display_name(model.config), folder, run, packaged, names, where)
-
-
-def checkpoint_folder(path: Path, *, last: bool = False) -> Path:
-    """Return the folder with the model's files that ``path`` means.
-
-    ``path`` is a checkpoint folder, a run folder, whose best (or last) model is meant, or, where
-    there is no such folder, the name of a trained model that comes with the package.
-    """
-    names = list_pretrained()
-    if not path.exists() and names and len(path.parts) == 1:
-        return pretrained_folder(choice(f"no folder {path}, and a trained model", str(path), names))
-    if not path.exists():
-        raise FileNotFoundError(f"no folder {path}: give a run folder or a checkpoint folder")
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is a file: give a run folder or a checkpoint folder")
-    chosen = path / ("last" if last else "best")
-    if (chosen / "model.safetensors").is_file():
-        return chosen
-    if (path / "model.safetensors").is_file():
-        return path
-    raise FileNotFoundError(
-        f"{path} holds no model: neither model.safetensors nor {chosen.name}/model.safetensors"
-    )
 
 
 def help_text(what: str) -> str:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eqcvt.cli.app import app, console, note
-from eqcvt.cli.checkpoints import Loaded, load
+from eqcvt.cli.checkpoints import Loaded, free, load
 from eqcvt.cli.simulate import shard
 from eqcvt.cli.use import DeviceOption, LastOption, ModelArgument
 
@@ -49,7 +49,7 @@ def predict(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Do a part again that is finished.")
+        bool, typer.Option("--overwrite", help="Replace OUT, or do a finished part again.")
     ] = False,
     last: LastOption = False,
     device: DeviceOption = "auto",
@@ -72,6 +72,8 @@ def predict(
     index, number = index * crew.size + crew.rank, number * crew.size
     if out is None and number > 1:
         raise ValueError("several parts make a file: say which with --out FILE")
+    if out is not None and number == 1:
+        free(out, overwrite)
     with crew.work():
         found = load(model, last=last, device=device)
         names = class_names(found.model, found.classes)

@@ -13,6 +13,8 @@ from eqcvt.native import launch, refuses_dtype
 
 # On a GPU a tile with its halo has to fit into shared memory.
 LARGEST_FILTER, WIDEST = 13, 512
+# On a CPU torch's convolution is the faster one for patches of more numbers.
+PATCH_PAYS = 256
 
 
 def supports(x: Tensor, filters: Tensor) -> str | None:
@@ -27,6 +29,9 @@ def supports(x: Tensor, filters: Tensor) -> str | None:
         return reason
     if filters.shape[2] != filters.shape[3]:
         return f"filters of {filters.shape[2]}x{filters.shape[3]} are not square"
+    patch = filters[0].numel()
+    if x.device.type == "cpu" and patch > PATCH_PAYS:
+        return f"patches of {patch} numbers are too many to gain by it (up to {PATCH_PAYS} do)"
     if x.device.type == "cuda" and (filters.shape[2] > LARGEST_FILTER or len(filters) > WIDEST):
         return (
             f"{len(filters)} filters of {filters.shape[2]} pixels are more than the {WIDEST} of "

@@ -60,6 +60,9 @@ class TrainConfig:
         model: a name from ``eqcvt.list_models()``.
         model_kwargs: arguments for the model; channels, size and classes come from the data. As
             TOML has no None, the text "none" stands for it.
+        init: start from the weights of a trained model: a run folder, a checkpoint folder, or one
+            of ``eqcvt.list_pretrained()``. It must be the same model; image size and classes may
+            differ. A tenth of the usual ``lr`` keeps what it has learned.
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes together.
         optimizer: ``adam`` (L2 on every weight) or ``adamw`` (decoupled decay, which leaves out
@@ -96,6 +99,7 @@ class TrainConfig:
     out: str = "runs/eqcvt"
     model: str = "eqcvt_c4"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
     epochs: int = 40
     batch_size: int = 64
     optimizer: str = "adam"
@@ -300,6 +304,7 @@ _CHECKS: dict[str, Check] = {
     "out": _path,
     "model": _model,
     "model_kwargs": _model_kwargs,
+    "init": _optional(_path),
     "epochs": _integer(1),
     "batch_size": _integer(2),
     "optimizer": _one_of(OPTIMIZERS),

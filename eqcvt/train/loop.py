@@ -37,11 +37,11 @@ from eqcvt.train.report import Reporter
 from eqcvt.train.schedule import learning_rate
 from eqcvt.train.setup import load_data, make_average, make_model, make_optimizer, writer
 from eqcvt.train.step import Step
+from eqcvt.train.trained import CLASSES, start_from
 
 log = logging.getLogger("eqcvt")
-CONFIG, CLASSES, METRICS, BEST, LAST, TENSORBOARD = (
+CONFIG, METRICS, BEST, LAST, TENSORBOARD = (
     "config.toml",
-    "classes.json",
     "metrics.json",
     "best",
     "last",
@@ -124,7 +124,11 @@ class _Run:
         rows = np.arange(process.rank, len(self.validation), process.world_size)
         self.share, self.rows = self.validation.subset(rows), torch.from_numpy(rows)
         torch.manual_seed(config.seed)
-        model = make_model(config, data).to(process.device)
+        model = make_model(config, data)
+        start = None
+        if config.init is not None and not resume:
+            start = start_from(model, config.init, data.classes)
+        model.to(process.device)
         average = make_average(model, config.ema)
         no_graph = _no_graph(config, process)
         graphed = config.cuda_graph and no_graph is None
@@ -145,6 +149,8 @@ class _Run:
             done=self.state.progress.epoch * len(self.batches),
             batch_size=config.batch_size,
         )
+        if start is not None:
+            self.reporter.say(start)
         if config.cuda_graph and no_graph is not None:
             log.info("cuda_graph is not used: %s", no_graph)
             self.reporter.say(f"cuda_graph is not used: {no_graph}")

@@ -110,6 +110,16 @@ def test_a_finished_part_is_kept(model: Path, survey: Path, tmp_path: Path) -> N
     assert "of other images" in invoke(*arguments, "--fit", "resize", code=2).stderr
 
 
+def test_a_file_that_is_there_is_kept(model: Path, survey: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    out.write_text("of yesterday")
+    arguments = ("predict", model, survey, "--out", out)
+    assert "--overwrite to replace it" in invoke(*arguments, code=2).stderr
+    assert out.read_text() == "of yesterday"
+    invoke(*arguments, "--overwrite")
+    assert len(rows(out)) == COUNT
+
+
 def test_parts_that_are_missing_or_of_several_runs(
     model: Path, survey: Path, tmp_path: Path
 ) -> None:

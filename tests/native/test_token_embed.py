@@ -286,6 +286,8 @@ def test_refusals_name_the_reason() -> None:
     assert reason == "the native extension has no kernel for torch.float16 on cpu"
     reason = token_embed.supports(x, filters[..., :2])
     assert reason == "filters of 3x2 are not square"
+    reason = token_embed.supports(torch.zeros(1, 29, 5, 5), torch.zeros(8, 29, 3, 3))
+    assert reason == "patches of 261 numbers are too many to gain by it (up to 256 do)"
 
 
 def test_filters_beyond_the_image_are_an_error() -> None:
