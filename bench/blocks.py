@@ -52,15 +52,17 @@ def time_block(
     device: str,
     work: Work | None = None,
     *,
+    tokens: bool = True,
     input_gradient: bool = True,
 ) -> None:
-    """Measure a module on random channels-last input.
+    """Measure a module on random input: tokens, which are channels last in memory, or maps.
 
     Parameters are float32; under autocast the input comes in its dtype, as from the layer before.
     """
     plain = plain.to(device)
     x = torch.randn(case.shape, device=device, dtype=DTYPES[case.dtype])
-    x = x.to(memory_format=torch.channels_last)
+    if tokens:
+        x = x.to(memory_format=torch.channels_last)
 
     def build() -> Function:
         module = contender(case, implementation, plain, x)
