@@ -1,4 +1,4 @@
-"""Draws bench/results/<device>.csv: python -m bench.plot bench/results/amd-epyc.csv
+"""Draws bench/results/<device>.csv: python -m bench.plot bench/results/<device>.csv
 
 Two pictures, ``<device>.png`` with the times of each kind at the shape that most were timed at, of
 several the largest, and, where a model was timed at several numbers of images or sizes,
