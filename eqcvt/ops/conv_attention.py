@@ -74,6 +74,9 @@ Statistics = tuple[Tensor, Tensor]
 # Folded, a score costs D products where it cost the d of a head; up to D / d of this it pays. On
 # the CPU D = d is twice as fast as torch's attention, and D = 2 d a quarter slower.
 FOLD_PAYS = {"cpu": 1.5}
+# Where it does not, a backend's projections before torch's attention pay on these devices. On the
+# CPU they take 1.0 to 1.2 times as long as plain PyTorch.
+UNFOLDED_PAYS = {"cuda"}
 
 
 def _depthwise(
@@ -88,10 +91,15 @@ def _depthwise(
     return a, (mean, variance)
 
 
+def _split(tokens: Tensor, heads: int) -> Tensor:
+    """Return tokens ``[B, N, heads * d]`` as heads ``[B, heads, N, d]``."""
+    batch, count, width = tokens.shape
+    return tokens.reshape(batch, count, heads, width // heads).transpose(1, 2)
+
+
 def _heads(a: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """Project ``[B, D, H, W]`` to ``[B, heads, H * W, d]``."""
-    tokens = F.linear(a.flatten(2).transpose(1, 2), weight, bias)
-    return tokens.reshape(*tokens.shape[:2], heads, weight.shape[0] // heads).transpose(1, 2)
+    return _split(F.linear(a.flatten(2).transpose(1, 2), weight, bias), heads)
 
 
 def _project(
@@ -250,9 +258,11 @@ def attention_weights(
     return torch.softmax(scores, -1)
 
 
-# The fused form: with the pointwise weights folded, scores are a^T (W_q^T W_k) b and results
-# (W_o W_v) b, so attention runs in the D channels of the tokens, where keys (and values) are one
-# tensor for all heads. The folded matrices are small, and their gradients autograd's.
+# The fused form: a backend's projections, then one of two ways. With the pointwise weights folded,
+# scores are a^T (W_q^T W_k) b and results (W_o W_v) b, so attention runs in the D channels of the
+# tokens, where keys (and values) are one tensor for all heads, by a backend's kernel; the folded
+# matrices are small, and their gradients autograd's. Where tokens are wider than that pays, the
+# norms go into the pointwise weights, and torch's attention runs in the channels of the heads.
 
 
 def _supports(
@@ -265,18 +275,28 @@ def _supports(
     heads: int,
     kv_stride: int,
 ) -> str | None:
-    dim, head_dim = x.shape[1], w.q.shape[0] // heads
-    if w.v.shape[0] != w.q.shape[0]:
-        return "its heads of queries and values differ in width"
     if len({tuple(p.filters.shape) for p in (q, k, v) if p is not None}) > 1:
         return "its depthwise filters differ in size"
-    most = FOLD_PAYS.get(x.device.type, 1) * head_dim
-    if dim > most:
-        return f"{dim} channels are too many to fold heads of {head_dim} into (up to {most:g} pay)"
+    if x.device.type not in UNFOLDED_PAYS and not _folds(x, w, heads):
+        if w.v.shape != w.q.shape:
+            return "its heads of queries and values differ in width"
+        head_dim = w.q.shape[0] // heads
+        most = FOLD_PAYS.get(x.device.type, 1) * head_dim
+        return (
+            f"{x.shape[1]} channels are too many to fold heads of {head_dim} into "
+            f"(up to {most:g} pay)"
+        )
     reason: str | None = module.supports(
         as_autocast(x), q.filters, heads=heads, kv_stride=kv_stride
     )
     return reason
+
+
+def _folds(x: Tensor, w: Pointwise, heads: int) -> bool:
+    """Return whether the weights are better folded."""
+    head_dim = w.q.shape[0] // heads
+    same = w.v.shape[0] == w.q.shape[0]
+    return same and x.shape[1] <= FOLD_PAYS.get(x.device.type, 1) * head_dim
 
 
 def _fold(w: Pointwise, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -383,23 +403,73 @@ def _conv_attention_fused(
         scale, shift, statistics = _affine(
             projections, mean, variance, counts, dtype, eps, process_group
         )
-        folded = _fold(w, heads, dtype)
-    tokens = residual.permute(0, 2, 3, 1).reshape(batch, height * width, dim).contiguous()
-    same = residual.dtype == x.dtype
+        tokens = residual.permute(0, 2, 3, 1).reshape(batch, height * width, dim).contiguous()
+        c = None if v is None else c
+        if _folds(x, w, heads):
+            y = _folded(backend, (a, b, c), tokens, scale, shift, w, heads, dropout, dtype)
+        else:
+            y = _unfolded((a, b, c), tokens, scale, shift, w, heads, dropout, dtype)
+    return y.reshape(batch, height, width, dim).permute(0, 3, 1, 2), statistics
+
+
+def _folded(
+    backend: str,
+    raw: tuple[Tensor, Tensor, Tensor | None],
+    tokens: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    w: Pointwise,
+    heads: int,
+    dropout: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the result ``[B, N, D]`` by the kernels of ``backend``, from raw projections."""
+    a, b, c = raw
+    same = tokens.dtype == a.dtype
+    folded = _fold(w, heads, dtype)
     inputs = (a, b, c, tokens, scale, shift, *folded)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    y, _, _ = attend(
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y: Tensor = attend(
         a,
         b,
-        None if v is None else c,
+        c,
         tokens if same else None,
         scale,
         shift,
         *folded,
-        seed_of(x, dropout),
+        seed_of(a, dropout),
         dropout=dropout,
         save=save,
         backend=backend,
+    )[0]
+    return y if same else tokens + y
+
+
+def _unfolded(
+    raw: tuple[Tensor, Tensor, Tensor | None],
+    tokens: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    w: Pointwise,
+    heads: int,
+    dropout: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the result ``[B, N, D]`` by torch's attention, from raw projections."""
+    a, b, c = raw
+
+    def product(t: Tensor, i: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the heads ``[B, heads, tokens, d]`` of ``W (scale t + shift) + bias``."""
+        weight = weight.to(dtype)
+        offset = weight @ shift[i]
+        offset = offset if bias is None else offset + bias.to(dtype)
+        return _split(F.linear(t, (weight * scale[i]).to(t.dtype), offset.to(t.dtype)), heads)
+
+    core = F.scaled_dot_product_attention(
+        product(a, 0, w.q, w.q_bias),
+        product(b, 1, w.k, w.k_bias),
+        product(b, 1, w.v, w.v_bias) if c is None else product(c, 2, w.v, w.v_bias),
     )
-    y = y if same else tokens + y
-    return y.reshape(batch, height, width, dim).permute(0, 3, 1, 2), statistics
+    bias = None if w.out_bias is None else w.out_bias.to(a.dtype)
+    y = F.linear(core.transpose(1, 2).flatten(2), w.out.to(a.dtype), bias)
+    return tokens + (F.dropout(y, dropout) if dropout > 0 else y)

@@ -156,6 +156,7 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
         "128 channels": {"shape": (1, 128, 11, 13), "head_dim": 128, "heads": 2},
         "two keys": {"shape": (3, 18, 3, 2), "heads": 1, "head_dim": 32},
         "normalised": {"shape": (2, 20, 9, 7), "norm": False},
+        "wider than the heads": {"shape": (2, 64, 9, 7), "head_dim": 32},
     },
     "mlp_block": {
         "model": {"shape": (2, 32, 61, 61), "hidden": 64},

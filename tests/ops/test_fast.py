@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from eqcvt.tune.cases import CALLS, mlp_block, results
 from tests.tolerance import assert_as_good
 
 pytestmark = pytest.mark.needs("native")
+ATTENTION = import_module("eqcvt.ops.conv_attention")
 OPS = ("lift", "conv_attention", "mlp_block", "token_embed")
 
 
@@ -205,6 +207,37 @@ def test_a_second_derivative_is_refused() -> None:
         (gradient,) = torch.autograd.grad(call(*leaves)[0].sum(), leaves[:1], create_graph=True)
         with pytest.raises(RuntimeError, match="use_backend\\('reference'\\)"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("values", [True, False], ids=["values", "shared"])
+def test_attention_without_folding_is_as_good_as_the_reference(
+    training: bool, values: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ATTENTION, "UNFOLDED_PAYS", {"cpu"})
+    torch.manual_seed(1)
+    options = {"shape": (2, 64, 7, 9), "head_dim": 32, "values": values}
+    call, inputs = CALLS["conv_attention"](training, **options)
+    with use_backend("reference"):
+        exact = results(call, [t.double() for t in inputs])
+        reference = results(call, inputs)
+    with use_backend("native"):
+        actual = results(call, inputs)
+    for part, backward in ((0, False), (1, True)):
+        for mine, true, theirs in zip(actual[part], exact[part], reference[part], strict=True):
+            assert_as_good(mine, true, theirs, backward=backward)
+
+
+def test_heads_of_queries_and_values_may_differ_in_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ATTENTION, "UNFOLDED_PAYS", {"cpu"})
+    x = torch.randn(2, 16, 5, 5)
+    p = ops.Depthwise(torch.randn(16, 1, 3, 3), torch.ones(16), torch.zeros(16), None)
+    w = ops.Pointwise(*(torch.randn(n, 16) for n in (32, 32, 48)), torch.randn(16, 48))
+    found = []
+    for name in ("native", "reference"):
+        with use_backend(name):
+            found.append(ops.conv_attention(x, x, p, p, None, w, heads=2)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_wide_tokens_are_not_folded_into_narrow_heads() -> None:
