@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,14 +45,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def track(self, mean: Tensor, variance: Tensor) -> None:
         """Update the running statistics with a batch's mean and unbiased variance ``[F]``."""
-        self.num_batches_tracked.add_(1)
-        for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-            if self.momentum is None:
-                running.lerp_(
-                    batch.to(running.dtype), 1 / self.num_batches_tracked.to(running.dtype)
-                )
-            else:
-                running.lerp_(batch.to(running.dtype), self.momentum)
+        track([self], [(mean, variance)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` ``[B, F, ...]``."""
@@ -63,6 +58,32 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
         self.track(mean, variance)
         return y
+
+
+def track(norms: Sequence[BatchNorm], statistics: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+    """Update the running statistics of norms with their batches' means and unbiased variances.
+
+    Those of all norms at once, on a GPU by one kernel; None leaves a norm as it is.
+    """
+    pairs = [(n, s) for n, s in zip(norms, statistics, strict=True) if s is not None]
+    if not pairs:
+        return
+    torch._foreach_add_([norm.num_batches_tracked for norm, _ in pairs], 1)
+    running = [t for norm, _ in pairs for t in (norm.running_mean, norm.running_var)]
+    batches = [t.to(norm.running_mean.dtype) for norm, batch in pairs for t in batch]
+    first = pairs[0][0].momentum
+    if first is not None and all(norm.momentum == first for norm, _ in pairs):
+        torch._foreach_lerp_(running, batches, first)
+        return
+    shares = [
+        1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+        if norm.momentum is None
+        else norm.momentum
+        for norm, _ in pairs
+        for _ in range(2)
+    ]
+    for old, new, share in zip(running, batches, shares, strict=True):
+        old.lerp_(new, share)
 
 
 class LayerNorm(nn.Module):

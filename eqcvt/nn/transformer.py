@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eqcvt import _check, ops
 from eqcvt.groups import Group
 from eqcvt.nn.filters import Filters
-from eqcvt.nn.norm import BatchNorm, LayerNorm
+from eqcvt.nn.norm import BatchNorm, LayerNorm, track
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,7 @@ class ConvAttention(nn.Module):
             process_group=self.q_conv.norm.process_group,
             backend=self.backend,
         )
-        for projection, values in zip(projections, statistics, strict=True):
-            if values is not None:
-                projection.norm.track(*values)
+        track([projection.norm for projection in projections], statistics)
         return y
 
     def weights(self, x: Tensor) -> Tensor:

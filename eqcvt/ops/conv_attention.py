@@ -30,7 +30,7 @@ from torch import Tensor
 from eqcvt.ops import _backend
 from eqcvt.ops._conv_attention import attend, project
 from eqcvt.ops._register import as_autocast, autocast, parameter, parameter_dtype, seed_of
-from eqcvt.ops.norm import batch_affine, batch_norm, layer_norm, running_affine
+from eqcvt.ops.norm import affine, batch_moments, batch_norm, layer_norm
 
 
 class Depthwise(NamedTuple):
@@ -336,26 +336,22 @@ def _affine(
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, tuple[Statistics | None, ...]]:
     """Return the norms of the projections as scale and shift ``[P, D]``, and their statistics."""
-    scales, shifts = [], []
+    moments: list[Statistics] = []
     statistics: list[Statistics | None] = []
     for i, p in enumerate(projections):
         if p.running is not None:
-            scale, shift = running_affine(p.running, p.weight, p.bias, dtype, eps)
+            moments.append((p.running[0].to(dtype), p.running[1].to(dtype)))
             statistics.append(None)
         else:
-            scale, shift, *moments = batch_affine(
-                mean[i],
-                variance[i],
-                counts[i],
-                p.weight,
-                p.bias,
-                eps=eps,
-                process_group=process_group,
-            )
-            statistics.append((moments[0], moments[1]))
-        scales.append(scale)
-        shifts.append(shift)
-    return torch.stack(scales), torch.stack(shifts), tuple(statistics)
+            own, spread, unbiased = batch_moments(mean[i], variance[i], counts[i], process_group)
+            moments.append((own, spread))
+            statistics.append((own.detach(), unbiased))
+    if process_group is not None or not all(statistics):  # else they are stacked already
+        mean, variance = (torch.stack(each) for each in zip(*moments, strict=True))
+    weight = torch.stack([p.weight for p in projections])
+    bias = torch.stack([p.bias for p in projections])
+    scale, shift = affine(mean, variance, weight, bias, eps)
+    return scale, shift, tuple(statistics)
 
 
 def _conv_attention_fused(

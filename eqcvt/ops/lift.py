@@ -33,7 +33,7 @@ from eqcvt.ops._register import (
     parameter_dtype,
     zeros_if_none,
 )
-from eqcvt.ops.norm import batch_affine, batch_norm, running_affine
+from eqcvt.ops.norm import affine, batch_moments, batch_norm
 
 
 def filter_bank(weight: Tensor, basis: Tensor) -> Tensor:
@@ -448,18 +448,17 @@ def _lift_fused(
     mask = None if mask is None else parameter(mask, dtype)
     blur = None if blur is None else parameter(blur, dtype)
     geometry = {"stride": stride, "padding": padding, "backend": backend}
-    mean = variance = None
+    unbiased = None
     if running is None:
         correlate = torch.is_grad_enabled() and bank.requires_grad
         mean, variance, _, _ = _lift_moments(x, bank, mask, correlate=correlate, **geometry)
         height, width = _grid(x, bank, stride, padding)
         count = x.shape[0] * bank.shape[1] * height * width
-        scale, shift, mean, variance = batch_affine(
-            mean, variance, count, norm_weight, norm_bias, eps=eps, process_group=process_group
-        )
+        mean, variance, unbiased = batch_moments(mean, variance, count, process_group)
     else:
-        scale, shift = running_affine(running, norm_weight, norm_bias, dtype, eps)
+        mean, variance = (t.to(dtype) for t in running)
+    scale, shift = affine(mean, variance, norm_weight, norm_bias, eps)
     y, _ = _lift_apply(
         x, bank, mask, scale, shift, blur, blur_stride=blur_stride, pool=pool, **geometry
     )
-    return y, mean, variance
+    return y, None if unbiased is None else mean.detach(), unbiased
