@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from eqcvt import nn, ops
+from eqcvt.nn.norm import track
+from eqcvt.ops.norm import affine
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6), (4, 3, 2, 5, 6)])
@@ -48,6 +50,32 @@ def test_module_keeps_the_state_and_values_of_torch_s(momentum: float | None) ->
         torch.testing.assert_close(ours.state_dict()[key], value, atol=1e-12, rtol=0)
     x = torch.randn(4, 3, 2, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(ours.eval()(x), torchs.eval()(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("momenta", [(0.1, 0.1), (0.1, 0.3), (0.1, None), (None, None)])
+def test_norms_are_tracked_together_as_one_by_one(
+    momenta: tuple[float | None, float | None],
+) -> None:
+    together = [nn.BatchNorm(3, momentum=m) for m in momenta]
+    alone = [nn.BatchNorm(3, momentum=m) for m in momenta]
+    for _ in range(2):
+        statistics = [(torch.randn(3), torch.rand(3)) for _ in momenta]
+        track(together, statistics)
+        for norm, values in zip(alone, statistics, strict=True):
+            norm.track(*values)
+    track(together, [None, None])
+    for one, other in zip(together, alone, strict=True):
+        for key, value in one.state_dict().items():
+            torch.testing.assert_close(value, other.state_dict()[key])
+
+
+def test_scale_and_shift_and_their_gradients() -> None:
+    mean, weight, bias = (torch.randn(2, 3, dtype=torch.float64) for _ in range(3))
+    leaves = [t.requires_grad_() for t in (mean, torch.rand_like(mean), weight, bias)]
+    scale, shift = affine(*leaves, 0.1)
+    torch.testing.assert_close(scale, weight / (leaves[1] + 0.1).sqrt())
+    torch.testing.assert_close(shift, bias - mean * scale)
+    assert torch.autograd.gradcheck(lambda *t: affine(*t, 0.1), leaves)
 
 
 def test_layer_norm_runs_over_the_channels_of_each_token() -> None:
