@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -150,9 +152,9 @@ def run(paper: Paper, say: Callable[[str], None]) -> dict[str, Any]:
         for model, recipe, seed in paper.runs():
             say(f"{of}: {MODELS[model][0]}, recipe {recipe}, seed {seed}")
             rows.append(_row(paper, of, model, recipe, seed))
-            report.write_json(paper.out / "results.json", content | {"rows": rows})
+            content["rows"] = [_without_curves(row) for row in rows]
+            report.write_json(paper.out / "results.json", content)
         pictures += _draw(paper, of, rows)
-    content["rows"] = rows
     content["pictures"] = [str(p.relative_to(paper.out)) for p in pictures]
     report.write_json(paper.out / "results.json", content)
     return content
@@ -187,6 +189,15 @@ def _row(paper: Paper, of: str, model: str, recipe: str, seed: int) -> dict[str,
     }
 
 
+def _without_curves(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row for the record; the ROC curves, long, stay in the run's ``test.json``."""
+    test = {
+        which: {key: value for key, value in measured.items() if key != "roc"}
+        for which, measured in row["test"].items()
+    }
+    return {**row, "test": test}
+
+
 def _model(folder: Path, device: Any) -> VisionModel:
     model = load_model(folder).to(device)
     set_backend(model, None)
@@ -199,6 +210,9 @@ def _draw(paper: Paper, of: str, rows: list[dict[str, Any]]) -> list[Path]:
     folder = paper.out / of / "pictures"
     curves = {f"{MODELS[r['model']][0]} {r['recipe']} {r['seed']}": r["history"] for r in mine}
     files = [plots.save(plots.training_curves(curves), folder / "training.png")]
+    if paper.seeds > 1:
+        ours = [row for row in mine if row["recipe"] == paper.recipes[0]]
+        files.append(plots.save(over_seeds(ours), folder / "seeds.png"))
     shown = [r for r in mine if r["seed"] == 0 and r["recipe"] == paper.recipes[0]]
     device = resolve_device(paper.device)
     names = {
@@ -210,6 +224,26 @@ def _draw(paper: Paper, of: str, rows: list[dict[str, Any]]) -> list[Path]:
     results = {MODELS[r["model"]][0]: r["test"]["best"] for r in shown}
     test = load(paper.out / of / "test.npz")
     return [*files, *report.draw(names, results, test, folder, device=device)]
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> Figure:
+    """Return a figure of validation accuracy against the epoch: each model's mean and range."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        runs = [row["history"] for row in rows if row["model"] == model]
+        percent = np.array([[100 * epoch["val_accuracy"] for epoch in run] for run in runs])
+        epochs, colour = np.arange(1, percent.shape[1] + 1), plots.COLOURS[i]
+        axes.fill_between(epochs, percent.min(0), percent.max(0), color=colour, alpha=0.15, lw=0)
+        axes.plot(epochs, percent.mean(0), "o-", color=colour, markersize=3, label=MODELS[model][0])
+    count = len({row["seed"] for row in rows})
+    axes.set(
+        xlabel="epoch", ylabel="validation accuracy (%)", title=f"mean and range, {count} seeds"
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
 
 
 # Column, its number from a row, its form.
@@ -236,12 +270,12 @@ def table(content: Mapping[str, Any]) -> Table:
         groups.setdefault((row["set"], row["model"], row["recipe"]), []).append(row)
     for (of, model, recipe), rows in groups.items():
         parameters = f"{rows[0]['test']['best']['parameters']:,}"
-        cells = [_spread([number(r) for r in rows], form) for _, number, form in COLUMNS]
+        cells = [spread([number(r) for r in rows], form) for _, number, form in COLUMNS]
         shown.add_row(of, MODELS[model][0], recipe, parameters, *cells)
     return shown
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     """Return the mean, with the standard deviation of several."""
     mean = f"{statistics.fmean(values):{form}}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"

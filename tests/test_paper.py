@@ -37,6 +37,8 @@ def test_the_table_is_made_kept_and_shipped(
         ("eqcvt", 0), ("cvt", 0), ("eqcvt", 1), ("cvt", 1),
     ]  # fmt: skip
     assert all((tmp_path / "out" / p).stat().st_size > 1000 for p in content["pictures"])
+    assert "control/pictures/seeds.png" in content["pictures"]
+    assert "roc" not in content["rows"][0]["test"]["best"]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == content
     rows = [line for line in text_of(content).splitlines() if "control" in line]
     assert len(rows) == 2

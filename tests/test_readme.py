@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from typer.main import get_command
 
+from bench.paper import MODELS, spread
 from eqcvt import list_pretrained, pretrained_folder
 from eqcvt.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "bench" / "results" / "demo" / "results.json"
+SMALL = ROOT / "bench" / "results" / "paper" / "small.json"
 CASE = ("EqCvT", "4x1x129x129")
 BENCH = ROOT / "bench" / "results" / "amd-epyc-family-25-model-17.csv"
 
@@ -73,6 +76,23 @@ def test_what_the_shipped_models_reach_is_on_their_cards() -> None:
             f"{card['test']['auc'][-1]:.3f}",
             f"{card['test']['std_45']:.2f}",
             f"{card['test']['residual_group']:.1e}",
+        ]
+
+
+def test_what_few_images_teach_is_the_recorded_table() -> None:
+    rows = json.loads(SMALL.read_text())["rows"]
+    table = README.partition("### Learning from few images")[2].splitlines()
+    for model, (name, *_) in MODELS.items():
+        mine = [row for row in rows if row["model"] == model]
+        assert [row["seed"] for row in mine] == [0, 1, 2]
+        best, last = ([row["test"][which] for row in mine] for which in ("best", "last"))
+        line = next(text for text in table if text.startswith(f"| {name} |"))
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [
+            spread([100 * t["accuracy"] for t in last], ".1f") + " %",
+            spread([100 * t["accuracy"] for t in best], ".1f") + " %",
+            spread([t["auc"][-1] for t in best], ".3f"),
+            spread([t["rotation"]["std_45"] for t in best], ".2f"),
+            f"{statistics.fmean(t['rotation']['std_group'] for t in best):.1e}",
         ]
 
 
