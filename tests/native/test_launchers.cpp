@@ -182,16 +182,19 @@ bool project() {
     int d = it.dtype;
     int64_t B = between(0, 3), D = one_of({1, 7, 16, 24, 32, 33}), H = between(1, 9);
     int64_t W = between(1, 19), kk = one_of({1, 3, 5}), s = between(1, 3);
-    bool values = maybe(), moments = maybe();
-    name("conv_attention_project", it, {B, D, H, W, kk, s, values, moments});
+    bool values = maybe(), moments = maybe(), norm = maybe();
+    name("conv_attention_project", it, {B, D, H, W, kk, s, values, moments, norm});
     int64_t N = H * W, M = ((H - 1) / s + 1) * ((W - 1) / s + 1), P = values ? 3 : 2;
     const void *x = it.x(B * N * D), *q = it.p(D * kk * kk), *k = it.p(D * kk * kk);
     const void* v = values ? it.p(D * kk * kk) : nullptr;
+    const void *weight = norm ? it.p(D) : nullptr, *bias = norm ? it.p(D) : nullptr;
+    double eps = 1e-5;
     void *a = it.y(B * N * D), *b = it.y(B * M * D), *c = values ? it.y(B * M * D) : nullptr;
     void *mean = moments ? it.s(P * D) : nullptr, *variance = moments ? it.s(P * D) : nullptr;
     if (!it.run([&](int threads) {
-            return EQCVT_KERNEL(conv_attention_project)(d, x, q, k, v, B, D, H, W, kk, s, moments,
-                                                        a, b, c, mean, variance, threads);
+            return EQCVT_KERNEL(conv_attention_project)(d, x, q, k, v, weight, bias, B, D, H, W, kk,
+                                                        s, moments, eps, a, b, c, mean, variance,
+                                                        threads);
         }))
         return false;
     const void *da = it.x(B * N * D), *db = it.x(B * M * D),
@@ -200,10 +203,11 @@ bool project() {
                *dvariance = moments ? it.p(P * D) : nullptr;
     void *dx = it.y(B * N * D), *dq = it.s(D * kk * kk), *dk = it.s(D * kk * kk);
     void* dv = values ? it.s(D * kk * kk) : nullptr;
+    void *dweight = norm ? it.s(D) : nullptr, *dbias = norm ? it.s(D) : nullptr;
     return it.run([&](int threads) {
-        return EQCVT_KERNEL(conv_attention_project_backward)(d, da, db, dc, dmean, dvariance, a, b,
-                                                             c, mean, x, q, k, v, B, D, H, W, kk, s,
-                                                             dx, dq, dk, dv, threads);
+        return EQCVT_KERNEL(conv_attention_project_backward)(
+            d, da, db, dc, dmean, dvariance, a, b, c, mean, x, q, k, v, weight, bias, B, D, H, W, kk,
+            s, eps, dx, dq, dk, dv, dweight, dbias, threads);
     });
 }
 
