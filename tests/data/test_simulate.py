@@ -121,7 +121,7 @@ def test_interrupted_run_resumes(tmp_path):
     out, parts = tmp_path / "set.npz", tmp_path / ".set.npz.parts"
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys, time\n"
+        "import signal, sys, time\n"
         "from eqcvt.data import simulate\n"
         "module = sys.modules['eqcvt.data.simulate']\n"
         "whole = module.generate\n"
@@ -130,6 +130,8 @@ def test_interrupted_run_resumes(tmp_path):
         "    return whole(*args, **kwargs)\n"
         "module.generate = slow\n"
         "if __name__ == '__main__':\n"
+        # A shell's background jobs, and what they start, ignore it at first.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    simulate('deeplense', 1280, out={str(out)!r}, size=65, workers=2)\n"
     )
     root = Path(__file__).parents[2]
