@@ -74,8 +74,9 @@ Statistics = tuple[Tensor, Tensor]
 # Folded, a score costs D products where it cost the d of a head; up to D / d of this it pays. On
 # the CPU D = d is twice as fast as torch's attention, and D = 2 d a quarter slower.
 FOLD_PAYS = {"cpu": 1.5}
-# Where it does not, a backend's projections before torch's attention pay on these devices. On the
-# CPU they take 1.0 to 1.2 times as long as plain PyTorch.
+# Where it does not, these devices take a backend's projections before torch's attention: on a GPU
+# that saves a dozen passes, which was counted and not measured. On the CPU it was measured, and
+# takes 1.0 to 1.2 times as long as plain PyTorch.
 UNFOLDED_PAYS = {"cuda"}
 
 
@@ -208,6 +209,11 @@ def conv_attention(
         raise ValueError(
             f"pointwise weights do not fit: q {list(w.q.shape)}, k {list(w.k.shape)}, "
             f"v {list(w.v.shape)}, out {list(w.out.shape)}"
+        )
+    if norm is not None and not norm.weight.shape == norm.bias.shape == x.shape[1:2]:
+        raise ValueError(
+            f"norm needs a weight and a bias [{x.shape[1]}], "
+            f"got {list(norm.weight.shape)} and {list(norm.bias.shape)}"
         )
     chosen = _backend.choose(
         "conv_attention",
