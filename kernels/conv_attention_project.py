@@ -119,9 +119,8 @@ def _conv_attention_project_fwd_kernel(
         image 0: [ a tile ][ a tile ] ... [ b tile ] ... [ c tile ] ...   image 1: ...
 
     Each program owns one. 2 D numbers per query and D per key cross the device's memory: 0.023 ms
-    at batch 128 and D = 32; SIZE ** 2 multiplications a number, and as many layer norms a token
-    where there is one: cheaper than to write what they give, and to read it again for each
-    projection. Accumulates in fp32, taps in order.
+    at batch 128 and D = 32; SIZE ** 2 multiplications a number. A layer norm is made anew for each
+    tap, so that what it gives is never written. Accumulates in fp32, taps in order.
     ``parts`` ``[programs, 2, D]`` gets each tile's mean and sum of squared deviations from it.
     """
     i_b = (tl.program_id(0) // tiles).to(tl.int64)

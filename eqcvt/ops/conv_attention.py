@@ -75,8 +75,8 @@ Statistics = tuple[Tensor, Tensor]
 # the CPU D = d is twice as fast as torch's attention, and D = 2 d a quarter slower.
 FOLD_PAYS = {"cpu": 1.5}
 # Where it does not, these devices take a backend's projections before torch's attention: on a GPU
-# that saves a dozen passes, which was counted and not measured. On the CPU it was measured, and
-# takes 1.0 to 1.2 times as long as plain PyTorch.
+# that saves a dozen passes, which was counted and not measured. On the CPU it is no faster than
+# plain PyTorch.
 UNFOLDED_PAYS = {"cuda"}
 
 
@@ -408,9 +408,9 @@ def _conv_attention_fused(
         tokens = residual.permute(0, 2, 3, 1).reshape(batch, height * width, dim).contiguous()
         c = None if v is None else c
         if _folds(x, w, heads):
-            y = _folded(backend, (a, b, c), tokens, scale, shift, w, heads, dropout, dtype)
+            y = _folded(backend, (a, b, c), tokens, scale, shift, w, heads, dropout)
         else:
-            y = _unfolded((a, b, c), tokens, scale, shift, w, heads, dropout, dtype)
+            y = _unfolded((a, b, c), tokens, scale, shift, w, heads, dropout)
     return y.reshape(batch, height, width, dim).permute(0, 3, 1, 2), statistics
 
 
@@ -423,12 +423,11 @@ def _folded(
     w: Pointwise,
     heads: int,
     dropout: float,
-    dtype: torch.dtype,
 ) -> Tensor:
     """Return the result ``[B, N, D]`` by the kernels of ``backend``, from raw projections."""
     a, b, c = raw
     same = tokens.dtype == a.dtype
-    folded = _fold(w, heads, dtype)
+    folded = _fold(w, heads, scale.dtype)
     inputs = (a, b, c, tokens, scale, shift, *folded)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y: Tensor = attend(
@@ -455,16 +454,15 @@ def _unfolded(
     w: Pointwise,
     heads: int,
     dropout: float,
-    dtype: torch.dtype,
 ) -> Tensor:
     """Return the result ``[B, N, D]`` by torch's attention, from raw projections."""
     a, b, c = raw
 
     def product(t: Tensor, i: int, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the heads ``[B, heads, tokens, d]`` of ``W (scale t + shift) + bias``."""
-        weight = weight.to(dtype)
+        weight = weight.to(scale.dtype)
         offset = weight @ shift[i]
-        offset = offset if bias is None else offset + bias.to(dtype)
+        offset = offset if bias is None else offset + bias.to(scale.dtype)
         return _split(F.linear(t, (weight * scale[i]).to(t.dtype), offset.to(t.dtype)), heads)
 
     core = F.scaled_dot_product_attention(
