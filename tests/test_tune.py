@@ -7,19 +7,22 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import tests.kernels.conftest  # noqa: F401  kernels run in the interpreter here as well
 from eqcvt import ops, tune
 from eqcvt.kernels import launches
-from eqcvt.ops import _backend, _proof
+from eqcvt.ops import _backend, _proof, _prove
 from eqcvt.tune import cases, check, search
 from eqcvt.tune.record import Record
 from tests.cli.conftest import invoke
@@ -39,7 +42,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv(_proof.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_backend, "_warned", set())
-    caches = (_proof.found, _proof.why_not, _proof.sources)
+    monkeypatch.setattr(_prove, "_tried", {})
+    caches = (_proof.found, _prove.why_not, _proof.sources)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -186,9 +190,53 @@ def test_kernels_are_judged_by_values_gradients_and_second_runs(
 def test_a_check_is_made_by_a_process_of_its_own() -> None:
     verdict = check.apart("mlp_block", "float32", "native", "cpu", {})
     assert verdict.passed, verdict.reason
-    failed = check.apart("mlp_block", "float16", "triton", "meta", {})
-    assert not failed.passed
-    assert "cannot serve mlp_block on meta" in (failed.reason or "")
+    with pytest.raises(check.Unchecked, match="cannot serve mlp_block on meta"):
+        check.apart("mlp_block", "float16", "native", "meta", {})
+
+
+def test_a_check_whose_process_dies_or_hangs_is_one_on_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    died = subprocess.CompletedProcess([], -signal.SIGSEGV, "", "")
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: died)
+    assert (
+        check.apart("lift", "tf32", "triton", "cuda", {}).reason == "its process died of signal 11"
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(check, "LIMIT", 0.01)
+    verdict = check.apart("mlp_block", "float32", "native", "cpu", {})
+    assert not verdict.passed
+    assert "had not ended" in (verdict.reason or "")
+
+
+@triton
+@pytest.mark.usefixtures("small")
+def test_no_room_on_the_device_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eqcvt.kernels import mlp_block
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(mlp_block, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        check.Judge("mlp_block", "float32", "cpu").verdict("triton")
+
+    def unchecked(*_: Any) -> check.Verdict:
+        raise check.Unchecked("mlp_block could not be checked: CUDA out of memory")
+
+    monkeypatch.setattr(tune, "apart", unchecked)
+    with pytest.raises(check.Unchecked, match="out of memory"):
+        _tune(tmp_path / "tuned.json", Clock(), jobs=1)
+    assert not (tmp_path / "tuned.json").exists()
+
+
+def test_launches_are_tuned_for_every_precision_or_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for every precision"):
+        _tune(tmp_path / "tuned.json", Clock(), precisions=["bfloat16"])
+    with pytest.raises(ValueError, match="did you mean 'float16'"):
+        _tune(tmp_path / "tuned.json", Clock(), precisions=["floa16"], check_only=True)
 
 
 @pytest.fixture
@@ -265,8 +313,12 @@ def test_wrong_kernels_are_not_tuned_and_prove_nothing(
 
 @pytest.fixture
 def proof(monkeypatch: pytest.MonkeyPatch) -> Record:
-    """Return a record that proves Triton's kernels of every op on the GPU of this machine."""
+    """Return a record that proves Triton's kernels of every op on the GPU of this machine.
+
+    What has no verdict cannot be checked: there is no such GPU.
+    """
     monkeypatch.setattr(_proof, "devices", lambda: [H100])
+    monkeypatch.setattr(_prove, "_visible", lambda device: "")
     for name in ("triton", "native"):
         monkeypatch.setitem(_backend._REASONS, name, lambda device: None)
     monkeypatch.setitem(_backend._modules, "triton", dict.fromkeys(_backend.OPS))
@@ -279,14 +331,17 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Record:
     return record
 
 
-def _chosen(op: str = "lift") -> str:
-    return _backend.choose(op, "cuda", None, lambda module: None)
+def _chosen(op: str = "lift", dtype: torch.dtype = torch.float32) -> str:
+    return _backend.choose(op, "cuda", dtype, None, lambda module: None)
 
 
 def test_the_automatic_choice_goes_by_the_proof(proof: Record) -> None:
-    assert proof.path.name == "nvidia-h100-80gb-hbm3.json"
+    assert proof.path.name.startswith(
+        f"nvidia-h100-80gb-hbm3-torch-{torch.__version__.split('+')[0]}"
+    )
     proof.save()
-    assert _chosen() == "triton"
+    assert {_chosen(dtype=d) for d in _proof.PRECISIONS_OF} == {"triton"}
+    assert _chosen(dtype=torch.float64) == "reference"
     assert _proof.tuned_launches() == proof.launches
     assert _proof.report()[0]["state"] == "in use"
     rows = ops.explain(("cuda",))
@@ -319,7 +374,7 @@ def _failed(content: dict[str, Any]) -> None:
 
 
 def _missing(content: dict[str, Any]) -> None:
-    del content["checks"]["triton lift bfloat16"]
+    del content["checks"]["triton lift tf32"]
 
 
 def _malformed(content: dict[str, Any]) -> None:
@@ -339,7 +394,7 @@ def _other_format(content: dict[str, Any]) -> None:
         (_other_kernels, "proves other kernels than these"),
         (_other_launches, "proves other kernels than these"),
         (_failed, "found it wrong in tf32: error 1 exceeds 0"),
-        (_missing, "has no check of it in bfloat16"),
+        (_missing, "has no check of it in tf32"),
         (_malformed, "num_warps must be one of 1, 2, 4, 8, got 5"),
         (_other_format, "has format 0, this version 1"),
     ],
@@ -375,8 +430,9 @@ def test_changed_kernels_take_neither_launches_nor_proof(
 
 
 def test_without_a_proof_the_way_to_one_is_said_once(
-    proof: Record, caplog: pytest.LogCaptureFixture
+    proof: Record, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(_proof.VARIABLE, "none")  # nothing is checked
     caplog.set_level(logging.WARNING)
     for op in ("lift", "mlp_block", "lift"):
         assert _chosen(op) == "reference"
@@ -388,10 +444,157 @@ def test_without_a_proof_the_way_to_one_is_said_once(
         assert _chosen() == "triton"
 
 
+class Checks:
+    """Stands for the process that checks: notes what it is called with, and may write a proof."""
+
+    def __init__(self, proof: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.proof, self.calls = proof, []  # type: tuple[Record, list[tuple[list[str], Any]]]
+        self.passed, self.returncode = True, 0
+        self.stderr = ["lift by triton in tf32: right\n", "\n"]
+        monkeypatch.setattr(_prove.subprocess, "Popen", self)
+
+    def __call__(self, command: list[str], **options: Any) -> Any:
+        self.calls.append((command, options["env"]))
+        if self.returncode != 2:
+            for check in self.proof.content["checks"].values():
+                check.update(
+                    passed=self.passed, reason=None if self.passed else "error 1 exceeds 0"
+                )
+            self.proof.save()
+        return self
+
+    def __enter__(self) -> Checks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """The process has ended."""
+
+
+@pytest.fixture
+def checks(proof: Record, monkeypatch: pytest.MonkeyPatch) -> Checks:
+    return Checks(proof, monkeypatch)
+
+
+def _options(command: list[str], name: str) -> list[str]:
+    return [command[i + 1] for i, part in enumerate(command) if part == name]
+
+
+def test_kernels_are_checked_once_where_they_are_first_wanted(
+    checks: Checks, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert {row.backend for row in ops.explain(("cuda",)) if row.chosen} == {"triton"}
+    assert not checks.calls
+    assert {_chosen(op) for op in _backend.OPS} == {"triton"}
+    ((command, environment),) = checks.calls
+    assert "--check-only" in command
+    assert _options(command, "--backend") == ["triton"]
+    assert _options(command, "--precision") == ["float32", "tf32"]
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(Path(ops.__file__).parents[2])
+    assert _chosen(dtype=torch.bfloat16) == "triton"
+    assert len(checks.calls) == 1
+    for part in ("checking the triton kernels on", H100.name, "in float32 and tf32"):
+        assert part in caplog.text
+    assert "lift by triton in tf32: right" in caplog.text
+    assert "all are right" in caplog.text
+
+
+def test_what_a_check_finds_wrong_is_left_out_for_good(checks: Checks) -> None:
+    checks.passed, checks.returncode = False, 1
+    assert {_chosen(op) for op in _backend.OPS} == {"reference"}
+    backends = [_options(command, "--backend")[0] for command, _ in checks.calls]
+    assert backends[0] == "triton"
+    assert set(backends[1:]) == {"native"}
+    assert "error 1 exceeds 0" in (_prove.why_not("lift", "triton", torch.float32) or "")
+    for cached in (_proof.found, _prove.why_not):
+        cached.cache_clear()
+    _prove._tried.clear()
+    before = len(checks.calls)
+    _prove.why_not("lift", "triton", torch.float32)
+    assert len(checks.calls) == before
+
+
+def test_a_check_that_cannot_be_made_is_tried_once_and_said(
+    checks: Checks, caplog: pytest.LogCaptureFixture
+) -> None:
+    checks.returncode, checks.stderr = 2, ["first\n", "error: the GPU is busy\n"]
+    assert {_chosen(op) for op in _backend.OPS} == {"reference"}
+    assert len(checks.calls) == 2  # one of each backend
+    assert "the check could not be made: error: the GPU is busy" in caplog.text
+
+
+def test_the_process_that_checks_is_the_command(proof: Record) -> None:
+    """It runs, and fails here for want of a GPU, not of its options."""
+    if torch.cuda.is_available():
+        pytest.skip("would check the GPU at hand")
+    reason = _prove.why_not("lift", "triton", torch.bfloat16) or ""
+    assert "the check could not be made: error: eqcvt tune needs a CUDA device" in reason
+
+
+def test_a_process_waits_for_the_one_that_checks(checks: Checks) -> None:
+    checks.proof.path.parent.mkdir(parents=True)
+    lock = FileLock(checks.proof.path.with_suffix(".lock"))
+    chosen: list[str] = []
+    waiting = threading.Thread(target=lambda: chosen.append(_chosen()))
+    with lock:
+        waiting.start()
+        waiting.join(0.3)
+        assert not chosen
+        checks.proof.save()
+    waiting.join(30)
+    assert chosen == ["triton"]
+    assert not checks.calls
+
+
+def test_kernels_that_changed_are_checked_anew(checks: Checks) -> None:
+    checks.proof.content["sources"] = "0123456789abcdef"
+    _other_kernels(checks.proof.content)
+    checks.proof.save()
+    checks.proof = Record(checks.proof.path, H100)
+    for op in _backend.OPS:
+        for precision in _proof.PRECISIONS:
+            checks.proof.check("triton", op, precision, check.Verdict(True, 0.5, None))
+    assert _chosen() == "triton"
+    assert len(checks.calls) == 1
+
+
+def test_a_file_that_is_named_is_not_written_to(
+    checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _missing(checks.proof.content)
+    checks.proof.save()
+    monkeypatch.setenv(_proof.VARIABLE, str(checks.proof.path))
+    assert _chosen() == "reference"
+    assert not checks.calls
+
+
+def test_where_nothing_can_be_written_that_is_said(
+    checks: Checks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert _chosen() == "reference"
+    assert str(tmp_path / "file") in (_prove.why_not("lift", "triton", torch.float32) or "")
+    assert not checks.calls
+
+
+def test_the_process_that_checks_sees_one_gpu_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = _proof.Device("NVIDIA L4", "8.9")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(_proof, "kind", lambda index: [other, H100, other, H100][index])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [_prove._visible(device) for device in (H100, other)] == ["3", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-5,6,MIG-4")
+    assert [_prove._visible(device) for device in (H100, other)] == ["MIG-4", "7"]
+
+
 @pytest.mark.parametrize("proven", [True, False])
-def test_the_proof_is_read_while_a_compiler_traces(proof: Record, proven: bool) -> None:
+def test_the_proof_is_read_while_a_compiler_traces(
+    proof: Record, proven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if proven:
         proof.save()
+    monkeypatch.setattr(_prove, "_run", lambda *_: "")
 
     def call(x: Tensor) -> Tensor:
         return x + 1 if _chosen() == "triton" else x - 1
@@ -404,8 +607,10 @@ def test_the_proof_is_read_while_a_compiler_traces(proof: Record, proven: bool) 
 def test_every_kind_of_gpu_needs_a_proof(proof: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     proof.save()
     monkeypatch.setattr(_proof, "devices", lambda: [_proof.Device("NVIDIA L4", "8.9"), H100])
+    monkeypatch.setattr(_prove, "_run", lambda *_: "")
     assert _chosen() == "reference"
-    assert "not proven on NVIDIA L4" in (_proof.why_not("lift", "triton") or "")
+    reason = _prove.why_not("lift", "triton", torch.float32) or ""
+    assert "not been checked on NVIDIA L4" in reason
 
 
 def test_the_variable_names_the_file_or_none(
@@ -417,7 +622,7 @@ def test_the_variable_names_the_file_or_none(
     elsewhere = tmp_path / "mine.json"
     monkeypatch.setenv(_proof.VARIABLE, str(elsewhere))
     _proof.found.cache_clear()
-    _proof.why_not.cache_clear()
+    _prove.why_not.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"mine\.json"):
         _chosen()
     elsewhere.write_text("{")

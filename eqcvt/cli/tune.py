@@ -25,9 +25,13 @@ def tune(
     backend: Annotated[
         list[str] | None, typer.Option(help="triton | native; may be repeated.  [all there are]")
     ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="With --check-only: float32 | tf32 | bfloat16 | float16.  [all]"),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The file  [$EQCVT_TUNED, else DEVICE.json in ~/.cache/eqcvt]"),
+        typer.Option(help="The file  [$EQCVT_TUNED, else a file in ~/.cache/eqcvt]"),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Try no further launch after so many.")
@@ -39,9 +43,10 @@ def tune(
 ) -> None:
     """Prove the GPU kernels on this machine's GPU and find their fastest launches.
 
-    Kernels that are as right as plain PyTorch in every precision are taken from then on without
-    being asked for; all else stays with plain PyTorch. The same command goes on where one that was
-    interrupted ended. Exit code 1: a check failed.
+    Kernels that are as right as plain PyTorch are taken from then on without being asked for; all
+    else stays with plain PyTorch. The first use of a GPU checks by itself what it needs; tuning is
+    done here only. The same command goes on where one that was interrupted ended. Exit code 1:
+    kernels are wrong.
     """
     import os
 
@@ -68,7 +73,9 @@ def tune(
         raise RuntimeError("there is no backend for CUDA devices to check")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console(stderr=True)) as progress:
+    screen = console(stderr=True)
+    bar = Progress(*columns, TimeElapsedColumn(), console=screen, disable=not screen.is_terminal)
+    with bar as progress:
 
         class Screen(tuning.Watcher):
             """Shows steps in the progress bar, and what was found above it."""
@@ -81,8 +88,9 @@ def tune(
 
             def checked(self, backend: str, op: str, precision: str, verdict: Any) -> None:
                 progress.advance(self.task)
-                if not verdict.passed:
-                    self.note(f"{op} by {backend} in {precision}: {verdict.reason}")
+                if not verdict.passed or not screen.is_terminal:
+                    found = verdict.reason or f"right, {verdict.error:.2f} of the error allowed"
+                    self.note(f"{op} by {backend} in {precision}: {found}")
 
             def timed(self, key: str, entry: dict[str, Any]) -> None:
                 progress.advance(self.task)
@@ -95,6 +103,7 @@ def tune(
                 device,
                 ops=op or _backend.OPS,
                 backends=backends,
+                precisions=precision,
                 check_only=check_only,
                 again=again,
                 minutes=minutes,
@@ -103,11 +112,11 @@ def tune(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("what was found is kept; the same command goes on") from None
-    screen = console()
-    screen.print(_checks(record))
+    page = console()
+    page.print(_checks(record))
     if record.content["times"]:
-        screen.print(_times(record))
-    screen.print(str(record.path), markup=False, soft_wrap=True)
+        page.print(_times(record))
+    page.print(str(record.path), markup=False, soft_wrap=True)
     if not all(check["passed"] for check in record.content["checks"].values()):
         raise typer.Exit(1)
 

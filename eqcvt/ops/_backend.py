@@ -3,7 +3,8 @@
 A backend is a module per op (``eqcvt.native.lift``, ``eqcvt.kernels.lift``) with one function for
 each torch op of :mod:`eqcvt.ops._register` and ``supports(...) -> reason or None``. With ``"auto"``
 the first that can is taken and every refusal is logged once; on a GPU it must be proven there as
-well (:mod:`eqcvt.ops._proof`). A backend asked for by name that cannot raises with its reason.
+well (:mod:`eqcvt.ops._proof`), which its first use does. A backend asked for by name that cannot
+raises with its reason.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from eqcvt import _check
-from eqcvt.ops import _proof
+from eqcvt.ops import _proof, _prove
 
 log = logging.getLogger("eqcvt")
 
@@ -105,21 +106,23 @@ def _unavailable(backend: str, device: str) -> str | None:
     return reason
 
 
-def _unproven(op: str, backend: str, device: str) -> str | None:
+def _unproven(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Return why the automatic choice leaves a backend out for want of a proof, or None."""
     if device != "cuda":
         return None
-    reason = _proof.why_not(op, backend)
+    reason = _prove.why_not(op, backend, dtype)
     return reason and f"{reason}; EQCVT_BACKEND={backend} takes it all the same"
 
 
-def _warn_of_plain_pytorch(op: str, device: str) -> None:
+def _warn_of_plain_pytorch(op: str, device: str, dtype: torch.dtype) -> None:
     """Say once that a GPU runs without kernels which are there and only lack a proof."""
     if _warned:
         return
     for backend in _candidates(device)[:-1]:
-        reason = _unproven(op, backend, device)
-        if reason is not None and _unavailable(backend, device) is None:
+        if _unavailable(backend, device) is not None:
+            continue
+        reason = _unproven(op, backend, device, dtype)
+        if reason is not None:
             _warned.add(device)
             log.warning("%s on %s: plain PyTorch, not %s: %s", op, device, backend, reason)
             return
@@ -168,7 +171,8 @@ def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
     """Return, for each op, device and backend, whether it can be used, is chosen, and why not.
 
     A backend that is available can still refuse a call, by its sizes or dtype; then the next one
-    is taken.
+    is taken. GPU kernels that have not been checked yet are chosen if the check, at their first
+    use, finds them right.
 
     Args:
         devices: device types; by default the CPU and, where there is one, CUDA.
@@ -181,21 +185,38 @@ def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
             chosen = False
             for backend in _candidates(device):
                 reason = None if backend == "reference" else _unavailable(backend, device)
-                available = reason is None
-                if backend != "reference":
-                    reason = reason or _unproven(op, backend, device)
-                take = reason is None and not chosen
+                available, unchecked = reason is None, False
+                if available and backend != "reference" and device == "cuda":
+                    reason, unchecked = _standing(op, backend)
+                take = (reason is None or unchecked) and not chosen
                 rows.append(Choice(op, device, backend, available, take, reason))
                 chosen = chosen or take
     return rows
 
 
-def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], str | None]) -> str:
+def _standing(op: str, backend: str) -> tuple[str | None, bool]:
+    """Return what a backend lacks to be proven on the GPUs here, and whether only a check."""
+    for device in _proof.devices():
+        gap = _proof.gap(device, op, backend, _proof.PRECISIONS)
+        if gap is not None:
+            later = "the first use checks it" if gap.unchecked else "`eqcvt tune` checks it"
+            return f"{gap.reason}; {later}", gap.unchecked
+    return None, False
+
+
+def choose(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    backend: str | None,
+    supports: Callable[[Any], str | None],
+) -> str:
     """Return the name of the backend that serves a call of ``op``.
 
     Args:
         op: name of the op.
         device: device type of its tensors.
+        dtype: what it computes in.
         backend: a backend's name, or None for the one in force.
         supports: asks a backend's module about this call, for the reason why not or None.
 
@@ -217,13 +238,13 @@ def choose(op: str, device: str, backend: str | None, supports: Callable[[Any], 
     for candidate in _candidates(device):
         if candidate == "reference":
             break
-        reason = _unproven(op, candidate, device) or _unavailable(candidate, device)
-        reason = reason or supports(_modules[candidate][op])
+        reason = _unavailable(candidate, device) or supports(_modules[candidate][op])
+        reason = reason or _unproven(op, candidate, device, dtype)  # which may take its time
         if reason is None:
             return candidate
         # A compiler traces this function, and a log record would break its graph.
         if not torch.compiler.is_compiling() and (op, candidate, reason) not in _refusals:
             _refusals.add((op, candidate, reason))
             log.info("%s on %s: not %s, %s", op, device, candidate, reason)
-    _warn_of_plain_pytorch(op, device)
+    _warn_of_plain_pytorch(op, device, dtype)
     return "reference"

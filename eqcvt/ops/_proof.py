@@ -1,11 +1,14 @@
-"""Which GPU kernels were proven on this machine's GPU: the file that ``eqcvt tune`` writes, read.
+"""Which GPU kernels were proven on this machine's GPU: the file that ``eqcvt tune`` writes.
 
 The file is EQCVT_TUNED (``none``: no file counts), else ``<device>.json`` in
 ``$XDG_CACHE_HOME/eqcvt`` (``~/.cache/eqcvt``); the package may ship ``kernels/proven-<class>.json``
-for a class of devices. It is read once, at the first use of a GPU, and written by nothing but
-``eqcvt tune``. It holds tuned launches, and for each backend, op and precision whether the kernels
-were as right as plain PyTorch; both count for the same device, versions of torch and triton, and
-kernels only. All processes of one run must find the same file: on several machines, each needs it.
+for a class of devices. It holds tuned launches, and for each backend, op and precision whether the
+kernels were as right as plain PyTorch; both count for the same device, versions of torch and
+triton, and kernels only.
+
+Kernels without a verdict are checked where they are first wanted: once per machine, by ``eqcvt tune
+--check-only`` in a process of its own, while the other processes of a run wait. A file that
+EQCVT_TUNED names is read and never written so. Launches are tuned by no one but ``eqcvt tune``.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +32,13 @@ log = logging.getLogger("eqcvt")
 
 FORMAT = 1
 VARIABLE = "EQCVT_TUNED"
-# Float32 has two: with the products that PyTorch's own switches allow, and without.
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+# What a call may compute in; of float32 PyTorch's own switches say which.
+PRECISIONS_OF = {
+    torch.float32: ("float32", "tf32"),
+    torch.bfloat16: ("bfloat16",),
+    torch.float16: ("float16",),
+}
+PRECISIONS = tuple(each for group in PRECISIONS_OF.values() for each in group)
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -49,13 +58,22 @@ class Source(NamedTuple):
     launches_refused: str | None = None
 
 
+class Gap(NamedTuple):
+    """Why an op's kernels are not proven on a GPU, and whether they only lack a check."""
+
+    reason: str
+    unchecked: bool
+
+
 def devices() -> list[Device]:
     """Return the kinds of GPUs that torch sees."""
-    found = set()
-    for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        found.add(Device(about.name, f"{about.major}.{about.minor}"))
-    return sorted(found)
+    return sorted({kind(index) for index in range(torch.cuda.device_count())})
+
+
+def kind(index: int) -> Device:
+    """Return what kind of GPU torch's one of this number is."""
+    about = torch.cuda.get_device_properties(index)
+    return Device(about.name, f"{about.major}.{about.minor}")
 
 
 def user_file(device: Device) -> Path:
@@ -66,8 +84,9 @@ def user_file(device: Device) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "")
     if not cache.is_absolute():
         cache = Path("~/.cache").expanduser()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-    return cache / "eqcvt" / f"{slug}.json"
+    here = machine(device)
+    name = f"{device.name} torch {here['torch']} triton {here['triton']}".lower()
+    return cache / "eqcvt" / f"{re.sub(r'[^a-z0-9.]+', '-', name).strip('-')}.json"
 
 
 def machine(device: Device) -> dict[str, str | None]:
@@ -194,34 +213,34 @@ def tuned_launches() -> dict[str, dict[str, int]]:
     return launches
 
 
-@functools.cache
-def why_not(op: str, backend: str) -> str | None:
-    """Return why a backend's kernels of an op are not proven on the GPUs here, or None.
+def gap(device: Device, op: str, backend: str, precisions: Sequence[str]) -> Gap | None:
+    """Return what the files for a GPU lack to prove a backend's kernels of an op, or None.
 
     Raises:
         FileNotFoundError: as :func:`found`.
         ValueError: as :func:`found`.
     """
-    for device in devices():
-        reasons = [_unproven(source, op, backend) for source in found(device)]
-        if not reasons:
-            return f"its kernels are not proven on {device.name}; `eqcvt tune` proves them"
-        if None not in reasons:
-            return reasons[0]
-    return None
+    own = user_file(device)
+    gaps = {source.path: _gap(source, op, backend, precisions) for source in found(device)}
+    if None in gaps.values():
+        return None
+    made_by_us = not os.environ.get(VARIABLE)
+    first = gaps.get(own) or Gap(f"its kernels have not been checked on {device.name}", True)
+    return first._replace(unchecked=first.unchecked and made_by_us)
 
 
-def _unproven(source: Source, op: str, backend: str) -> str | None:
-    """Return why a file does not prove an op, or None if it does."""
+def _gap(source: Source, op: str, backend: str, precisions: Sequence[str]) -> Gap | None:
+    """Return what one file lacks to prove an op, or None."""
     if source.refused is not None:
-        return f"{source.path} is not used: {source.refused}"
+        return Gap(f"{source.path} is not used: {source.refused}", False)
     own = identity(backend, source.content["launches"])
-    for precision in PRECISIONS:
+    for precision in precisions:
         check = source.content["checks"].get(key(backend, op, precision))
         if check is None:
-            return f"{source.path} has no check of it in {precision}; `eqcvt tune` makes one"
+            return Gap(f"{source.path} has no check of it in {precision}", True)
         if check.get("kernels") != own:
-            return f"{source.path} proves other kernels than these; `eqcvt tune` checks them"
+            return Gap(f"{source.path} proves other kernels than these", True)
         if check.get("passed") is not True:
-            return f"{source.path} found it wrong in {precision}: {check.get('reason')}"
+            reason = f"{source.path} found it wrong in {precision}: {check.get('reason')}"
+            return Gap(reason, False)
     return None

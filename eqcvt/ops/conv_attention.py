@@ -218,6 +218,7 @@ def conv_attention(
     chosen = _backend.choose(
         "conv_attention",
         x.device.type,
+        as_autocast(x).dtype,
         backend,
         lambda module: _supports(module, x, q, k, v, w, heads, kv_stride),
     )

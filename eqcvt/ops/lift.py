@@ -235,6 +235,7 @@ def lift(
     chosen = _backend.choose(
         "lift",
         x.device.type,
+        as_autocast(x).dtype,
         backend,
         lambda module: module.supports(
             as_autocast(x),

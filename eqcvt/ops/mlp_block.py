@@ -84,7 +84,11 @@ def mlp_block(
             f"got {list(x.shape)}, {list(w1.shape)}, {list(w2.shape)}"
         )
     chosen = _backend.choose(
-        "mlp_block", x.device.type, backend, lambda module: module.supports(as_autocast(x), w1)
+        "mlp_block",
+        x.device.type,
+        as_autocast(x).dtype,
+        backend,
+        lambda module: module.supports(as_autocast(x), w1),
     )
     implementation = (
         mlp_block_reference if chosen == "reference" else partial(_mlp_block_fused, chosen)

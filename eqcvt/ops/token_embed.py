@@ -78,6 +78,7 @@ def token_embed(
     chosen = _backend.choose(
         "token_embed",
         x.device.type,
+        as_autocast(x).dtype,
         backend,
         lambda module: module.supports(as_autocast(x), filters),
     )

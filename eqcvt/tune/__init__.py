@@ -20,7 +20,7 @@ import torch
 from eqcvt import _check
 from eqcvt.ops import _backend, _proof
 from eqcvt.tune import cases
-from eqcvt.tune.check import Judge, Verdict, apart, tf32
+from eqcvt.tune.check import Judge, Unchecked, Verdict, apart, tf32
 from eqcvt.tune.record import Record
 from eqcvt.tune.search import CudaTimer, Timer, decided, descend, entries_used
 
@@ -60,6 +60,7 @@ def run(
     *,
     ops: Sequence[str] = _backend.OPS,
     backends: Sequence[str] = BACKENDS,
+    precisions: Sequence[str] | None = None,
     check_only: bool = False,
     again: bool = False,
     minutes: float | None = None,
@@ -75,6 +76,7 @@ def run(
         about: the GPU.
         ops: the ops to check and to tune.
         backends: those to check, which must be available; only Triton's launches are tuned.
+        precisions: those to check in, by default all; tuning takes them all.
         check_only: whether to leave launches as they are.
         again: whether to do what the file says is done; checks alone are always made.
         minutes: after how many no further candidate is tried.
@@ -85,19 +87,24 @@ def run(
         device: type of the device.
 
     Raises:
-        ValueError: if an op or a backend is unknown.
-        RuntimeError: if a candidate left the device unusable.
+        ValueError: if an op, a backend or a precision is unknown, or tuning would leave one out.
+        RuntimeError: if a check could not be made, or a candidate left the device unusable.
     """
     from eqcvt.kernels import launches
 
     for op in ops:
         _check.choice("op", op, _backend.OPS)
+    precisions = _proof.PRECISIONS if precisions is None else precisions
+    for precision in precisions:
+        _check.choice("precision", precision, _proof.PRECISIONS)
+    if not check_only and set(precisions) != set(_proof.PRECISIONS):
+        raise ValueError("launches are tuned for every precision: give precisions to a check only")
     watcher = watcher or Watcher()
     record = Record(path, about)
     if record.dropped is not None:
         watcher.note(f"{path} is begun anew: {record.dropped}")
     launches.install(record.launches)
-    _check_all(record, ops, backends, device, jobs, watcher, check_only or again)
+    _check_all(record, ops, backends, precisions, device, jobs, watcher, check_only or again)
     if check_only or "triton" not in backends:
         return record
     before = dict(record.launches)
@@ -111,7 +118,7 @@ def run(
             watcher.note(f"{op} is not tuned: its kernels are wrong")
     if record.launches != before:
         # A proof is of one table, and an entry may serve several ops.
-        _check_all(record, _backend.OPS, ["triton"], device, jobs, watcher, False)
+        _check_all(record, _backend.OPS, ["triton"], precisions, device, jobs, watcher, False)
     return record
 
 
@@ -119,13 +126,18 @@ def _check_all(
     record: Record,
     ops: Sequence[str],
     backends: Sequence[str],
+    precisions: Sequence[str],
     device: str,
     jobs: int,
     watcher: Watcher,
     again: bool,
 ) -> None:
-    """Check ops by backends in every precision, without what has been proven; save each verdict."""
-    todo = [(backend, op, p) for op in ops for p in _proof.PRECISIONS for backend in backends]
+    """Check ops by backends, without what has been proven, and save each verdict.
+
+    Raises:
+        Unchecked: at the end, if a check could not be made.
+    """
+    todo = [(backend, op, p) for op in ops for p in precisions for backend in backends]
     todo = [each for each in todo if again or not record.checked(*each)]
     watcher.begin("checking", len(todo))
 
@@ -135,13 +147,22 @@ def _check_all(
         return Judge(op, precision, device).verdict(backend)
 
     pool = ThreadPoolExecutor(jobs or 1)
+    failures = []
     try:
-        for each, verdict in zip(todo, pool.map(check, *zip(*todo, strict=True)), strict=True):
+        for each, future in [(each, pool.submit(check, *each)) for each in todo]:
+            try:
+                verdict = future.result()
+            except Unchecked as error:
+                failures.append(error)
+                watcher.note(str(error))
+                continue
             record.check(*each, verdict)
             record.save()
             watcher.checked(*each, verdict)
     finally:
         pool.shutdown(cancel_futures=True)
+    if failures:
+        raise failures[0]
 
 
 class _Search:

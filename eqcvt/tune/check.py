@@ -32,6 +32,14 @@ _PRECISIONS = {
 }
 
 
+# Seconds after which a check that has not ended is taken for one that hangs.
+LIMIT = 1800
+
+
+class Unchecked(RuntimeError):
+    """A check could not be made, which says nothing of the kernels."""
+
+
 class Verdict(NamedTuple):
     """Whether all results passed; the largest error over the one allowed; what was wrong."""
 
@@ -76,12 +84,18 @@ class Judge:
                     self._calls.append((label, call, inputs, exact, reference))
 
     def verdict(self, backend: str) -> Verdict:
-        """Run every call twice by a backend's kernels and compare."""
+        """Run every call twice by a backend's kernels and compare.
+
+        Raises:
+            torch.OutOfMemoryError: if the device has no room for them now.
+        """
         worst = 0.0
         with use_backend(backend), tf32(self._tf32):
             for label, call, inputs, exact, reference in self._calls:
                 try:
                     first, again = (cases.results(call, inputs) for _ in range(2))
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception as error:  # whatever a compiler or a driver raises
                     return Verdict(False, math.inf, f"{label}: {first_line(error)}")
                 for part, backward in ((0, False), (1, True)):
@@ -109,19 +123,31 @@ def first_line(error: Any) -> str:
 def apart(
     op: str, precision: str, backend: str, device: str, launches: dict[str, dict[str, int]]
 ) -> Verdict:
-    """Return the verdict on kernels with these launches, found by another process."""
-    run = subprocess.run(
-        [sys.executable, "-m", "eqcvt.tune.check", op, precision, backend, device],
-        input=json.dumps(launches),
-        env={**os.environ, _proof.VARIABLE: "none"},
-        capture_output=True,
-        text=True,
-    )
+    """Return the verdict on kernels with these launches, found by another process.
+
+    A process that dies or hangs is one on the kernels too.
+
+    Raises:
+        Unchecked: if the check itself failed, as where the device has no room for it.
+    """
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "eqcvt.tune.check", op, precision, backend, device],
+            input=json.dumps(launches),
+            env={**os.environ, _proof.VARIABLE: "none"},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return Verdict(False, math.inf, f"its process had not ended after {LIMIT} s")
     lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines() or [""]
     if run.returncode == 0:
         passed, error, reason = json.loads(lines[-1])
         return Verdict(passed, math.inf if error is None else error, reason)
-    return Verdict(False, math.inf, f"its process ended with {run.returncode}: {lines[-1]}")
+    if run.returncode < 0:
+        return Verdict(False, math.inf, f"its process died of signal {-run.returncode}")
+    raise Unchecked(f"{op} by {backend} in {precision} could not be checked: {lines[-1]}")
 
 
 def _main(op: str, precision: str, backend: str, device: str) -> None:
