@@ -17,6 +17,8 @@ constexpr int FILTERS = 4, VECTORS = 2, TAPS = 2;
 #endif
 // Filters are packed in blocks of this many, the last one of 4 or 8.
 constexpr int BLOCK = 8;
+// Taps that are summed in one go.
+constexpr int64_t CHUNK = 64;
 
 EQCVT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 EQCVT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -93,27 +95,35 @@ void pack(int64_t filters, int64_t taps, T* out, const Value& value) {
     }
 }
 
-// acc[f][v] = sum over taps of weight[tap][f] * x[offset[tap] + v-th vector].
+// put(f, v, value): the sum over taps of weight[tap][f] * x[offset[tap] + v-th vector]. Sums of
+// CHUNK taps are added up in their turn: rounding grows with the square root of both counts.
 template <class T, int NF, int NV, class Put>
 EQCVT_INLINE void convolve_block(const T* x, const int64_t* offset, int64_t taps, const T* weight,
                                  int64_t weights, const Put& put) {
-    vec<T> acc[NF][NV] = {};
-    for (int64_t tap = 0; tap < taps; ++tap, weight += weights) {
-        const T* from = x + offset[tap];
-        vec<T> in[NV];
+    vec<T> total[NF][NV] = {};
+    for (int64_t tap = 0; tap < taps;) {
+        vec<T> acc[NF][NV] = {};
+        for (int64_t end = smaller(taps, tap + CHUNK); tap < end; ++tap, weight += weights) {
+            const T* from = x + offset[tap];
+            vec<T> in[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) in[v] = load(from + v * width<T>);
+            for (int v = 0; v < NV; ++v) in[v] = load(from + v * width<T>);
 #pragma GCC unroll 8
-        for (int f = 0; f < NF; ++f) {
-            vec<T> w = broadcast(weight[f]);
+            for (int f = 0; f < NF; ++f) {
+                vec<T> w = broadcast(weight[f]);
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) acc[f][v] += in[v] * w;
+                for (int v = 0; v < NV; ++v) acc[f][v] += in[v] * w;
+            }
         }
+#pragma GCC unroll 8
+        for (int f = 0; f < NF; ++f)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) total[f][v] += acc[f][v];
     }
 #pragma GCC unroll 8
     for (int f = 0; f < NF; ++f)
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) put(f, v, acc[f][v]);
+        for (int v = 0; v < NV; ++v) put(f, v, total[f][v]);
 }
 
 template <class T, int NF, class Put>

@@ -9,7 +9,7 @@
 // Calls task(context, i, threads) for i = 0 .. threads - 1 at once and returns when all have, on
 // the threads of eqcvt_share_openmp's library, else on helpers of our own; a forked child has
 // helpers of its own too. `threads` < 1 counts as 1. A task must not throw and must not call
-// eqcvt_parallel.
+// eqcvt_parallel. Subnormal numbers are zero in it, as operands and as results.
 EQCVT_API void eqcvt_parallel(int threads, void (*task)(void*, int, int), void* context);
 
 // Takes the threads of the OpenMP runtime that the loaded library at `path` uses, and returns 1; or

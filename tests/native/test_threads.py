@@ -108,3 +108,20 @@ def test_python_runs_while_a_launcher_does() -> None:
     done.set()
     thread.join()
     assert during > 10
+
+
+@pytest.mark.parametrize("threads", [1, THREADS])
+def test_subnormal_numbers_are_zero_in_kernels_and_nowhere_else(threads: int) -> None:
+    """They would cost an Intel processor most of its time; the caller's mode is the caller's."""
+    from eqcvt.native import lift
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        images, bank = torch.full((4, 1, 30, 30), 1e-39), torch.ones(2, 4, 1, 3, 3)
+        mean, *_ = lift.moments(images, bank, None, stride=1, padding=0, correlate=False)
+        assert (mean == 0).all()
+        halves = torch.full((300_000,), 1e-39) * 0.5  # by all threads of torch
+        assert (halves > 0).all()
+    finally:
+        torch.set_num_threads(before)
