@@ -167,7 +167,7 @@ def test_kernels_are_judged_by_values_gradients_and_second_runs(
     verdict = judge.verdict("native")
     assert verdict.passed, verdict.reason
     assert 0 < verdict.error <= 1
-    module = _backend.module("mlp_block", "native")
+    module = _backend.module("mlp_block", "native", "cpu")
     forward, backward = module.forward, module.backward
     monkeypatch.setattr(module, "forward", lambda *a, **k: forward(*a, **k) * 1.1)
     assert "training: result 0: error" in (judge.verdict("native").reason or "")

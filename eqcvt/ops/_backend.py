@@ -158,8 +158,18 @@ def _why_not_triton(device: str) -> str | None:
 _REASONS = {"native": _why_not_native, "triton": _why_not_triton}
 
 
-def module(op: str, backend: str) -> ModuleType:
-    """Return the module of ``op`` in a backend that was chosen."""
+def module(op: str, backend: str, device: str) -> ModuleType:
+    """Return the module of ``op`` in a backend that was chosen, here or where a graph was saved.
+
+    Raises:
+        CannotServe: if the graph is of a machine that had the backend, and this one has not.
+    """
+    if not _modules[backend]:
+        reason = _unavailable(backend, device)
+        if reason is not None:
+            raise CannotServe(
+                f"this graph needs backend {backend!r} for {op} on {device}: {reason}"
+            )
     return _modules[backend][op]
 
 

@@ -77,6 +77,7 @@ def _run(device: _proof.Device, backend: str, precisions: tuple[str, ...]) -> st
     )
     start = time.monotonic()
     command = [sys.executable, "-m", "eqcvt", "tune", "--check-only", "--backend", backend]
+    command += ["--jobs", str(min(8, os.cpu_count() or 1))]
     command += [part for each in precisions for part in ("--precision", each)]
     # This package and no other in the current folder, and the GPU that is meant.
     paths = [str(_proof.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

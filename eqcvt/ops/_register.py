@@ -48,7 +48,8 @@ def define(
         # Kernels are launched on the current device, which need not be the tensors'.
         there = torch.cuda.device_of(first)  # type: ignore[no-untyped-call]
         with there, torch.autocast(first.device.type, enabled=False):
-            return getattr(_backend.module(op, backend), function)(first, *args, **options)
+            kernels = _backend.module(op, backend, first.device.type)
+            return getattr(kernels, function)(first, *args, **options)
 
     def pretend(*args: Any, backend: str, **options: Any) -> Any:
         return fake(*args, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,20 @@ def test_the_automatic_choice_logs_each_refusal_once() -> None:
     for row in rows:
         refused = not row.available and row.backend == "native"
         assert run.stderr.count(f"{row.op} on cpu: not {row.backend},") == int(refused)
+
+
+@pytest.mark.needs("native")
+def test_a_saved_graph_runs_where_nothing_was_chosen_before() -> None:
+    call = (
+        "import torch, eqcvt.ops; t = torch.ones; seed = torch.zeros(1, dtype=torch.int64);"
+        "x = t(1, 2, 16), t(16), t(16), t(8, 16), t(8), t(16, 8), t(16), seed;"
+        "torch.ops.eqcvt.mlp_block_forward(*x, dropout=0.0, eps=1e-5, backend={!r})"
+    )
+    subprocess.run([sys.executable, "-c", call.format("native")], check=True)
+    elsewhere = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", call.format("triton")]
+    run = subprocess.run(command, env=elsewhere, capture_output=True, text=True, check=False)
+    assert "CannotServe: this graph needs backend 'triton' for mlp_block on cpu" in run.stderr
 
 
 def test_explain_names_one_choice_for_each_op_and_device() -> None:
