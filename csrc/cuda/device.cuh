@@ -252,6 +252,39 @@ template <class Out> __global__ void sum_partials_kernel(const float* partials, 
 
 // Launches.
 
+#ifndef EQCVT_EMULATE
+// An error as a status, no longer the thread's last one: the next launch would report it again.
+inline int failed(cudaError_t error) {
+    cudaGetLastError();
+    return static_cast<int>(error);
+}
+#endif
+
+// What the host asks of the device: `shared` bytes are the most that a block may have.
+struct Device {
+    int64_t multiprocessors, shared;
+};
+
+inline int current_device(Device& device) {
+#ifdef EQCVT_EMULATE
+    const char* shared = getenv("EQCVT_EMULATE_SHARED");
+    device = {1, shared ? atoi(shared) : 227 * 1024};
+    return EQCVT_OK;
+#else
+    int id, count, shared;
+    cudaError_t error = cudaGetDevice(&id);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id);
+    }
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    }
+    if (error != cudaSuccess) return failed(error);
+    device = {count, shared};
+    return EQCVT_OK;
+#endif
+}
+
 struct Grid {
     int64_t x;
     unsigned y, z;
@@ -272,10 +305,16 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared
     return EQCVT_OK;
 #else
     if (shared > 48 * 1024) {
+        // The limit is the kernel's, not the launch's: threads that set the same cannot lower
+        // another's.
+        Device device;
+        const int status = current_device(device);
+        if (status != EQCVT_OK) return status;
+        if (shared > device.shared) return EQCVT_BAD_SIZE;
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(shared));
-        if (error != cudaSuccess) return static_cast<int>(cudaGetLastError());
+                                                       static_cast<int>(device.shared));
+        if (error != cudaSuccess) return failed(error);
     }
     kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(
         static_cast<Parameters>(arguments)...);

@@ -8,4 +8,8 @@ EQCVT_API const char* eqcvt_cuda_error_string(int status) {
     return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
-EQCVT_API int eqcvt_cuda_set_device(int device) { return cudaSetDevice(device); }
+EQCVT_API int eqcvt_cuda_set_device(int device) {
+    const cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) cudaGetLastError(); // or the next launch would report it again
+    return error;
+}

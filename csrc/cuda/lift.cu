@@ -5,8 +5,8 @@
 //     image + halo -> u (registers) -> relu(scale u + shift) -> blur down, across -> max over g
 //
 // Limits, beyond which lift's launchers return EQCVT_BAD_SIZE: G <= 47 and k <= 13; an image of
-// fewer than 2^31 values; a blur of at most 19 taps (at stride 1). Any C, F, stride and padding
-// will do.
+// fewer than 2^31 values; a blur that leaves room for a tile (eqcvt/native/lift.py). Any C, F,
+// stride and padding will do.
 //
 // Only the image is read and only y and arg are written. Of a tile's 448 products per filter those
 // in the halo of the blur are thrown away: with a blur of 5 about a third.

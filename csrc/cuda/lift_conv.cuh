@@ -404,30 +404,6 @@ __device__ inline float2 collect(const float2* scratch, int row) {
 
 // The host's side.
 
-struct Device {
-    int64_t multiprocessors, shared;
-};
-
-inline int current_device(Device& device) {
-#ifdef EQCVT_EMULATE
-    const char* shared = getenv("EQCVT_EMULATE_SHARED");
-    device = {1, shared ? atoi(shared) : 227 * 1024};
-    return EQCVT_OK;
-#else
-    int id, count, shared;
-    cudaError_t error = cudaGetDevice(&id);
-    if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id);
-    }
-    if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-    }
-    if (error != cudaSuccess) return static_cast<int>(cudaGetLastError());
-    device = {count, shared};
-    return EQCVT_OK;
-#endif
-}
-
 // Blocks that share `tiles` and stay on the device to the end: two to a multiprocessor.
 inline int64_t resident_blocks(const Device& device, int64_t tiles, int64_t others) {
     const int64_t fit = 2 * device.multiprocessors / others;
@@ -494,7 +470,10 @@ template <class T, class Extra> int make_plan(Plan& plan, const Conv& conv, int6
                 // A row of weights is padded by up to 12 cells.
                 const int64_t fixed = 16 + 12 * (4 * filters + 8) + extra(p.rows, p.columns);
                 const int64_t channel = int64_t{4} * p.height * p.width + cells * (4 * filters + 8);
-                const int64_t fit = budget < fixed ? 0 : (budget - fixed) / channel;
+                // Where the stride is larger than the filter, some pixels are none of any tap.
+                const int64_t fit = budget < fixed ? 0
+                                    : channel == 0 ? conv.C
+                                                   : (budget - fixed) / channel;
                 p.channels = static_cast<int>(fit < conv.C ? fit : conv.C);
                 if (p.channels >= (all_channels ? conv.C : 1)) break;
             }

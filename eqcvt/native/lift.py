@@ -12,8 +12,10 @@ from torch import Tensor
 from eqcvt.native import launch, refuses_dtype
 
 LARGEST_GROUP = 16
-# On a GPU a tile with its halo has to fit into shared memory.
-LARGEST_FILTER, LARGEST_BLUR = 13, 19
+# On a GPU a tile with its halo has to fit into shared memory, 99 KiB of it on the smallest: filters
+# of so many pixels, and a blur that wide beside those of up to 9 pixels and a stride of up to 3.
+LARGEST_FILTER, LARGEST_BLUR, LARGEST_BLUR_BESIDE_MORE = 13, 13, 9
+TILE = 448
 
 
 def supports(
@@ -37,8 +39,17 @@ def supports(
     if x.device.type == "cuda":
         if bank.shape[-1] > LARGEST_FILTER:
             return f"filters of {bank.shape[-1]} pixels are wider than {LARGEST_FILTER}"
-        if blur is not None and blur.shape[-1] > LARGEST_BLUR:
-            return f"a blur of {blur.shape[-1]} pixels is wider than {LARGEST_BLUR}"
+        if blur is not None:
+            small = bank.shape[-1] <= 9 and blur_stride <= 3
+            largest = LARGEST_BLUR if small else LARGEST_BLUR_BESIDE_MORE
+            size = blur.shape[-1]
+            # Four rows and two columns of results are the least that a tile makes.
+            tile = (3 * blur_stride + size) * 2 * ((blur_stride + size + 1) // 2)
+            if size > largest or tile > TILE:
+                return (
+                    f"a blur of {size} pixels with stride {blur_stride}, beside filters of "
+                    f"{bank.shape[-1]}, is wider than a tile takes"
+                )
         # Offsets are 64-bit from image to image and 32-bit within one.
         height, width = x.shape[2] + 2 * padding, x.shape[3] + 2 * padding
         if height * width * max(x.shape[1], bank.shape[0] * bank.shape[1]) >= 2**31:

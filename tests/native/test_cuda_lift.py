@@ -65,6 +65,7 @@ CASES = {
     "widest filter": Case(1, 1, 14, 12, 2, 2, 11, blur=0, padding=3, pool=False),
     "more padding than filter": Case(2, 2, 8, 7, 2, 3, 3, 3, 4, blur=0),
     "stride beyond the filter": Case(1, 1, 17, 14, 2, 2, 3, 4, 0, blur=0),
+    "pixels without a tap": Case(1, 1, 3, 3, 2, 2, 1, 2, 0, blur=0),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -41,6 +41,8 @@ CASES = {
     "many tiles": Case(1, 1, 37, 41, 8, 3, 1, 1),
     "even filter, wide stride": Case(1, 2, 9, 11, 20, 2, 3, 0),
     "widest filter": Case(1, 1, 15, 16, 5, 13, 1, 3),
+    "pixels without a tap": Case(1, 1, 3, 3, 2, 1, 2, 0),
+    "a wide image with them": Case(1, 2, 2, 520, 2, 1, 2, 0),
     "empty": Case(batch=0),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
