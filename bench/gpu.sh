@@ -49,8 +49,10 @@ for part in $parts; do
   echo "$part: ${commands[$part]}"
   start=$SECONDS
   # What was tuned is used from then on.
-  if [ -f "$OUT/tuned.json" ] && [ "$part" != check ] && [ "$part" != tune ]; then
-    export EQCVT_TUNED=$OUT/tuned.json
+  if [ "$part" != check ] && [ "$part" != tune ]; then
+    EQCVT_TUNED=none # and nothing is checked while something is timed
+    [ -f "$OUT/tuned.json" ] && EQCVT_TUNED=$OUT/tuned.json
+    export EQCVT_TUNED
   fi
   timeout -k 10 "${limits[$part]}" bash -c "${commands[$part]}" >"$OUT/$part.log" 2>&1
   code=$?

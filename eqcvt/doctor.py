@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from eqcvt._machine import usable_cores
+
 REQUIRED = ("torch", "numpy", "safetensors", "huggingface_hub", "torchmetrics")
 EXTRAS = {
     "sim": ("caustics",),
@@ -55,7 +57,7 @@ def report() -> dict[str, Any]:
         "threads": {
             "torch": torch.get_num_threads(),
             "cores": os.cpu_count(),
-            "usable_cores": _usable_cores(),
+            "usable_cores": usable_cores(),
         },
         "variables": {
             name: value
@@ -74,13 +76,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _usable_cores() -> int:
-    """Return the number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def keep_factor(
         low = tl.where((entry & 1) == 0, w0, w1)
         high = tl.where((entry & 1) == 0, w2, w3)
         word = tl.where((entry & 2) == 0, low, high)
-    return tl.where(word >= threshold.to(tl.uint32), factor, 0.0)
+    return tl.where(word >= tl.cast(threshold, tl.uint32), factor, 0.0)
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import launches
 from .common import refusal
 from .lift_blur import blur_and_pool, unblur
 from .lift_conv import AFFINE, GRADIENT, RAW, RELU, input_gradient_of, values
@@ -76,8 +77,8 @@ def supports(
         return f"takes filters of odd size up to 11, not {size}"
     if blur is not None and (blur.numel() % 2 == 0 or blur.numel() > 9):
         return f"takes a blur of odd size up to 9, not {blur.numel()}"
-    # Offsets are 64-bit from image to image and 32-bit within one.
-    pixels = (x.shape[2] + 2 * padding) * (x.shape[3] + 2 * padding + 16)
+    # Offsets are 64-bit from image to image and 32-bit within one, whose rows end with a tile.
+    pixels = (x.shape[2] + 2 * padding) * (x.shape[3] + 2 * padding + max(launches.TILE) * stride)
     if pixels * max(x.shape[1] + 8, bank.shape[0] * order + 8) >= 2**31:
         return f"images of {x.shape[2]}x{x.shape[3]} pixels are too large for 32-bit offsets"
     return None

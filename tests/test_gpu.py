@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import eqcvt
+from eqcvt.predict import predict
 from tests.tolerance import assert_as_good
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +74,18 @@ def test_training_step_never_waits_for_the_device(name: str) -> None:
         cross_entropy(model(images), labels).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_predictions_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """In order, each batch's own, though it is fetched while the next one is computed."""
+    for i, pixels in enumerate(torch.rand(70, SIZE, SIZE)):
+        Image.fromarray((255 * pixels).byte().numpy()).save(tmp_path / f"{i:02d}.png")
+    model = eqcvt.create_model("eqcvt_c4", in_channels=1, image_size=SIZE).eval()
+    expected = list(predict(model, [tmp_path], batch_size=8))
+    found = list(predict(model.cuda(), [tmp_path], batch_size=8))
+    assert [p.name for p in found] == [p.name for p in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.probabilities == pytest.approx(theirs.probabilities, abs=1e-3)
 
 
 def test_exact_variant_is_invariant_on_the_device() -> None:

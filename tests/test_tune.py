@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_a_check_is_made_by_a_process_of_its_own() -> None:
         check.apart("mlp_block", "float16", "native", "meta", {})
 
 
-def test_a_check_whose_process_dies_or_hangs_is_one_on_the_kernels(
+def test_a_crash_is_a_verdict_and_what_comes_from_outside_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     died = subprocess.CompletedProcess([], -signal.SIGSEGV, "", "")
@@ -202,11 +203,13 @@ def test_a_check_whose_process_dies_or_hangs_is_one_on_the_kernels(
     assert (
         check.apart("lift", "tf32", "triton", "cuda", {}).reason == "its process died of signal 11"
     )
+    died.returncode = -signal.SIGKILL  # as a system does that has no memory left
+    with pytest.raises(check.Unchecked, match=r"lift by triton in tf32 could not .* with -9"):
+        check.apart("lift", "tf32", "triton", "cuda", {})
     monkeypatch.undo()
     monkeypatch.setattr(check, "LIMIT", 0.01)
-    verdict = check.apart("mlp_block", "float32", "native", "cpu", {})
-    assert not verdict.passed
-    assert "had not ended" in (verdict.reason or "")
+    with pytest.raises(check.Unchecked, match="had not been checked after"):
+        check.apart("mlp_block", "float32", "native", "cpu", {})
 
 
 @triton
@@ -217,10 +220,10 @@ def test_no_room_on_the_device_is_no_verdict(
     from eqcvt.kernels import mlp_block
 
     def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
 
     monkeypatch.setattr(mlp_block, "forward", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(check.Unchecked, match="out of memory"):
         check.Judge("mlp_block", "float32", "cpu").verdict("triton")
 
     def unchecked(*_: Any) -> check.Verdict:
@@ -318,6 +321,7 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Record:
     What has no verdict cannot be checked: there is no such GPU.
     """
     monkeypatch.setattr(_proof, "devices", lambda: [H100])
+    monkeypatch.setattr(_proof, "kind", lambda index: H100)
     monkeypatch.setattr(_prove, "_visible", lambda device: "")
     for name in ("triton", "native"):
         monkeypatch.setitem(_backend._REASONS, name, lambda device: None)
@@ -331,8 +335,12 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Record:
     return record
 
 
-def _chosen(op: str = "lift", dtype: torch.dtype = torch.float32) -> str:
-    return _backend.choose(op, "cuda", dtype, None, lambda module: None)
+def _chosen(op: str = "lift", dtype: torch.dtype = torch.float32, index: int = 0) -> str:
+    return _backend.choose(op, torch.device("cuda", index), dtype, None, lambda module: None)
+
+
+def _why_not(backend: str = "triton", device: _proof.Device = H100) -> str:
+    return _prove.why_not(device, "lift", backend, torch.float32) or ""
 
 
 def test_the_automatic_choice_goes_by_the_proof(proof: Record) -> None:
@@ -449,7 +457,7 @@ class Checks:
 
     def __init__(self, proof: Record, monkeypatch: pytest.MonkeyPatch) -> None:
         self.proof, self.calls = proof, []  # type: tuple[Record, list[tuple[list[str], Any]]]
-        self.passed, self.returncode = True, 0
+        self.passed, self.returncode, self.interrupted = True, 0, False
         self.stderr = ["lift by triton in tf32: right\n", "\n"]
         monkeypatch.setattr(_prove.subprocess, "Popen", self)
 
@@ -463,11 +471,13 @@ class Checks:
             self.proof.save()
         return self
 
-    def __enter__(self) -> Checks:
-        return self
+    def wait(self) -> int:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self.returncode
 
-    def __exit__(self, *exception: object) -> None:
-        """The process has ended."""
+    def terminate(self) -> None:
+        self.calls.clear()
 
 
 @pytest.fixture
@@ -480,8 +490,9 @@ def _options(command: list[str], name: str) -> list[str]:
 
 
 def test_kernels_are_checked_once_where_they_are_first_wanted(
-    checks: Checks, caplog: pytest.LogCaptureFixture
+    checks: Checks, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     assert {row.backend for row in ops.explain(("cuda",)) if row.chosen} == {"triton"}
     assert not checks.calls
     assert {_chosen(op) for op in _backend.OPS} == {"triton"}
@@ -490,6 +501,9 @@ def test_kernels_are_checked_once_where_they_are_first_wanted(
     assert _options(command, "--backend") == ["triton"]
     assert _options(command, "--precision") == ["float32", "tf32"]
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(Path(ops.__file__).parents[2])
+    assert environment[_proof.VARIABLE] == "none"  # or it would wait for itself
+    assert "FORCE_COLOR" not in environment
+    assert _options(command, "--out") == [str(checks.proof.path)]
     assert _chosen(dtype=torch.bfloat16) == "triton"
     assert len(checks.calls) == 1
     for part in ("checking the triton kernels on", H100.name, "in float32 and tf32"):
@@ -504,12 +518,12 @@ def test_what_a_check_finds_wrong_is_left_out_for_good(checks: Checks) -> None:
     backends = [_options(command, "--backend")[0] for command, _ in checks.calls]
     assert backends[0] == "triton"
     assert set(backends[1:]) == {"native"}
-    assert "error 1 exceeds 0" in (_prove.why_not("lift", "triton", torch.float32) or "")
+    assert "error 1 exceeds 0" in _why_not()
     for cached in (_proof.found, _prove.why_not):
         cached.cache_clear()
     _prove._tried.clear()
     before = len(checks.calls)
-    _prove.why_not("lift", "triton", torch.float32)
+    _why_not()
     assert len(checks.calls) == before
 
 
@@ -522,17 +536,33 @@ def test_a_check_that_cannot_be_made_is_tried_once_and_said(
     assert "the check could not be made: error: the GPU is busy" in caplog.text
 
 
+def test_a_check_that_was_interrupted_is_made_at_the_next_use(checks: Checks) -> None:
+    checks.interrupted, checks.returncode = True, 2
+    with pytest.raises(KeyboardInterrupt):
+        _chosen()
+    assert not checks.calls  # it was ended
+    checks.interrupted, checks.returncode = False, 0
+    assert _chosen() == "triton"
+
+
+def test_threads_wait_for_the_check_of_the_first(checks: Checks) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda op: _chosen(op), _backend.OPS))
+    assert found == {"triton"}
+    assert len(checks.calls) == 1
+
+
 def test_the_process_that_checks_is_the_command(proof: Record) -> None:
     """It runs, and fails here for want of a GPU, not of its options."""
     if torch.cuda.is_available():
         pytest.skip("would check the GPU at hand")
-    reason = _prove.why_not("lift", "triton", torch.bfloat16) or ""
-    assert "the check could not be made: error: eqcvt tune needs a CUDA device" in reason
+    wanted = "the check could not be made: error: eqcvt tune needs a CUDA device"
+    assert wanted in _why_not()
 
 
 def test_a_process_waits_for_the_one_that_checks(checks: Checks) -> None:
     checks.proof.path.parent.mkdir(parents=True)
-    lock = FileLock(checks.proof.path.with_suffix(".lock"))
+    lock = FileLock(checks.proof.path.with_suffix(".first-use.lock"))
     chosen: list[str] = []
     waiting = threading.Thread(target=lambda: chosen.append(_chosen()))
     with lock:
@@ -573,7 +603,7 @@ def test_where_nothing_can_be_written_that_is_said(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert _chosen() == "reference"
-    assert str(tmp_path / "file") in (_prove.why_not("lift", "triton", torch.float32) or "")
+    assert str(tmp_path / "file") in _why_not()
     assert not checks.calls
 
 
@@ -586,6 +616,8 @@ def test_the_process_that_checks_sees_one_gpu_of_the_kind(monkeypatch: pytest.Mo
     assert [_prove._visible(device) for device in (H100, other)] == ["3", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-5,6,MIG-4")
     assert [_prove._visible(device) for device in (H100, other)] == ["MIG-4", "7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # too late: torch counts four
+    assert [_prove._visible(device) for device in (H100, other)] == ["3", "7"]
 
 
 @pytest.mark.parametrize("proven", [True, False])
@@ -604,13 +636,16 @@ def test_the_proof_is_read_while_a_compiler_traces(
     assert found.tolist() == [1.0 if proven else -1.0] * 2
 
 
-def test_every_kind_of_gpu_needs_a_proof(proof: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_goes_by_the_proof_of_its_gpu(
+    proof: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
     proof.save()
-    monkeypatch.setattr(_proof, "devices", lambda: [_proof.Device("NVIDIA L4", "8.9"), H100])
+    kinds = [_proof.Device("NVIDIA L4", "8.9"), H100]
+    monkeypatch.setattr(_proof, "devices", lambda: kinds)
+    monkeypatch.setattr(_proof, "kind", kinds.__getitem__)
     monkeypatch.setattr(_prove, "_run", lambda *_: "")
-    assert _chosen() == "reference"
-    reason = _prove.why_not("lift", "triton", torch.float32) or ""
-    assert "not been checked on NVIDIA L4" in reason
+    assert [_chosen(index=i) for i in (0, 1)] == ["reference", "triton"]
+    assert "not been checked on NVIDIA L4" in _why_not(device=kinds[0])
 
 
 def test_the_variable_names_the_file_or_none(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from rich.text import Text
 
 from eqcvt._check import choice, integer
 from eqcvt._files import replacing
+from eqcvt._machine import usable_cores
 from eqcvt.data.config import SimulationConfig, resolve
 from eqcvt.data.files import LensingImages, join, load
 from eqcvt.data.render import caustics, generate
@@ -121,7 +121,7 @@ def simulate(
     todo = {path: chunk for path, chunk in chunks.items() if not _complete(path, chunk)}
     if workers is None:
         # A process takes seconds to start.
-        workers = min(_cores(), len(todo) // 8)
+        workers = min(usable_cores(), len(todo) // 8)
     with Progress(
         TextColumn("simulating {task.description}"),
         BarColumn(),
@@ -191,12 +191,6 @@ def _stderr() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_shard(shard: tuple[int, int] | None, count: int) -> tuple[int, int]:

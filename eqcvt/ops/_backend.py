@@ -106,24 +106,24 @@ def _unavailable(backend: str, device: str) -> str | None:
     return reason
 
 
-def _unproven(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def _unproven(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the automatic choice leaves a backend out for want of a proof, or None."""
-    if device != "cuda":
+    if device.type != "cuda":
         return None
-    reason = _prove.why_not(op, backend, dtype)
+    reason = _prove.why_not(_proof.kind(device.index), op, backend, dtype)
     return reason and f"{reason}; EQCVT_BACKEND={backend} takes it all the same"
 
 
-def _warn_of_plain_pytorch(op: str, device: str, dtype: torch.dtype) -> None:
+def _warn_of_plain_pytorch(op: str, device: torch.device, dtype: torch.dtype) -> None:
     """Say once that a GPU runs without kernels which are there and only lack a proof."""
     if _warned:
         return
-    for backend in _candidates(device)[:-1]:
-        if _unavailable(backend, device) is not None:
+    for backend in _candidates(device.type)[:-1]:
+        if _unavailable(backend, device.type) is not None:
             continue
         reason = _unproven(op, backend, device, dtype)
         if reason is not None:
-            _warned.add(device)
+            _warned.add(device.type)
             log.warning("%s on %s: plain PyTorch, not %s: %s", op, device, backend, reason)
             return
 
@@ -150,7 +150,10 @@ def _why_not_triton(device: str) -> str | None:
         return "triton is not installed"
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cuda" and interpreted:
+        return "TRITON_INTERPRET=1 makes it run on the CPU"
+    if device != "cuda" and not interpreted:
         return f"it does not run on {device}"
     return None
 
@@ -216,7 +219,7 @@ def _standing(op: str, backend: str) -> tuple[str | None, bool]:
 
 def choose(
     op: str,
-    device: str,
+    device: torch.device,
     dtype: torch.dtype,
     backend: str | None,
     supports: Callable[[Any], str | None],
@@ -225,7 +228,7 @@ def choose(
 
     Args:
         op: name of the op.
-        device: device type of its tensors.
+        device: that of its tensors.
         dtype: what it computes in.
         backend: a backend's name, or None for the one in force.
         supports: asks a backend's module about this call, for the reason why not or None.
@@ -238,23 +241,23 @@ def choose(
         return "reference"
     _check.choice("EQCVT_BACKEND", requested, BACKENDS)
     if requested != "auto":
-        reason = _unavailable(requested, device) or supports(_modules[requested][op])
+        reason = _unavailable(requested, device.type) or supports(_modules[requested][op])
         if reason is not None:
             raise CannotServe(
-                f"backend {requested!r} cannot serve {op} on {device}: {reason}; "
+                f"backend {requested!r} cannot serve {op} on {device.type}: {reason}; "
                 f"use_backend('auto') takes the fastest that can"
             )
         return requested
-    for candidate in _candidates(device):
+    for candidate in _candidates(device.type):
         if candidate == "reference":
             break
-        reason = _unavailable(candidate, device) or supports(_modules[candidate][op])
+        reason = _unavailable(candidate, device.type) or supports(_modules[candidate][op])
         reason = reason or _unproven(op, candidate, device, dtype)  # which may take its time
         if reason is None:
             return candidate
         # A compiler traces this function, and a log record would break its graph.
         if not torch.compiler.is_compiling() and (op, candidate, reason) not in _refusals:
             _refusals.add((op, candidate, reason))
-            log.info("%s on %s: not %s, %s", op, device, candidate, reason)
+            log.info("%s on %s: not %s, %s", op, device.type, candidate, reason)
     _warn_of_plain_pytorch(op, device, dtype)
     return "reference"

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +71,8 @@ def devices() -> list[Device]:
     return sorted({kind(index) for index in range(torch.cuda.device_count())})
 
 
-def kind(index: int) -> Device:
-    """Return what kind of GPU torch's one of this number is."""
+def kind(index: int | None) -> Device:
+    """Return what kind of GPU torch's one of this number is, or the current one."""
     about = torch.cuda.get_device_properties(index)
     return Device(about.name, f"{about.major}.{about.minor}")
 
@@ -83,7 +84,9 @@ def user_file(device: Device) -> Path:
         return Path(given).expanduser()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "")
     if not cache.is_absolute():
-        cache = Path("~/.cache").expanduser()
+        cache = Path(os.path.expanduser("~"), ".cache")
+    if not cache.is_absolute():  # a user without a home
+        cache = Path(tempfile.gettempdir(), f"eqcvt-{os.getuid()}")
     here = machine(device)
     name = f"{device.name} torch {here['torch']} triton {here['triton']}".lower()
     return cache / "eqcvt" / f"{re.sub(r'[^a-z0-9.]+', '-', name).strip('-')}.json"

@@ -7,23 +7,31 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from eqcvt._machine import usable_cores
 from eqcvt.ops import _proof
 
 log = logging.getLogger("eqcvt")
 
+# Seconds after which the process that checks is no longer waited for, and checks at a time.
+PATIENCE = 3600
+JOBS = 4
+
 _tried: dict[tuple[_proof.Device, str, tuple[str, ...]], str] = {}
+_turn = threading.Lock()
 
 
 @functools.cache
-def why_not(op: str, backend: str, dtype: torch.dtype) -> str | None:
-    """Return why a backend's kernels of an op are not proven on the GPUs here, or None.
+def why_not(device: _proof.Device, op: str, backend: str, dtype: torch.dtype) -> str | None:
+    """Return why a backend's kernels of an op are not proven on a kind of GPU, or None.
 
-    Those without a verdict are checked first, which takes minutes, once per machine.
+    Those without a verdict are checked first, which may take minutes, once per machine.
 
     Raises:
         FileNotFoundError: if EQCVT_TUNED names a file that is not there.
@@ -32,42 +40,50 @@ def why_not(op: str, backend: str, dtype: torch.dtype) -> str | None:
     precisions = _proof.PRECISIONS_OF.get(dtype)
     if precisions is None:
         return f"GPU kernels are checked in {', '.join(_proof.PRECISIONS)}, not in {dtype}"
-    for device in _proof.devices():
-        gap = _proof.gap(device, op, backend, precisions)
-        advice = "`eqcvt tune` checks them"
-        if gap is not None and gap.unchecked:
+    gap = _proof.gap(device, op, backend, precisions)
+    advice = "`eqcvt tune` checks them"
+    if gap is not None and gap.unchecked:
+        with _turn:
             problem = _check(device, op, backend, precisions)
-            gap = _proof.gap(device, op, backend, precisions)
-            if gap is not None and gap.unchecked:
-                advice = f"the check could not be made: {problem}"
-        if gap is not None:
-            return f"{gap.reason}; {advice}"
-    return None
+        gap = _proof.gap(device, op, backend, precisions)
+        if gap is not None and gap.unchecked:
+            advice = f"the check could not be made: {problem}"
+    return None if gap is None else f"{gap.reason}; {advice}"
 
 
 def _check(device: _proof.Device, op: str, backend: str, precisions: tuple[str, ...]) -> str:
     """Check a backend's kernels of every op, or wait for the process that does.
 
-    Tried once in a process. Returns the last that the check said.
+    Tried once in a process, unless it was interrupted. Returns the last that the check said.
     """
     tried = (device, backend, precisions)
-    if tried not in _tried:
+    if tried in _tried:
+        return _tried[tried]
+    said = ""
+    try:
         path = _proof.user_file(device)
-        _tried[tried] = ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".first-use.lock"))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                _proof.found.cache_clear()
-                gap = _proof.gap(device, op, backend, precisions)
-                if gap is not None and gap.unchecked:
-                    _tried[tried] = _run(device, backend, precisions)
-        except OSError as error:
-            _tried[tried] = str(error)
-        _proof.found.cache_clear()
-    return _tried[tried]
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.warning("waiting for the process that checks the GPU kernels, %s", lock.lock_file)
+            lock.acquire(timeout=PATIENCE)
+        try:
+            _proof.found.cache_clear()
+            gap = _proof.gap(device, op, backend, precisions)
+            if gap is not None and gap.unchecked:
+                said = _run(path, device, backend, precisions)
+        finally:
+            lock.release()
+    except Exception as error:  # a file system without locks, a system without processes, ...
+        said = f"{type(error).__name__}: {error}"
+    _proof.found.cache_clear()
+    _tried[tried] = said
+    return said
 
 
-def _run(device: _proof.Device, backend: str, precisions: tuple[str, ...]) -> str:
+def _run(path: Path, device: _proof.Device, backend: str, precisions: tuple[str, ...]) -> str:
     """Run ``eqcvt tune --check-only`` on a GPU of this kind, and return the last that it said."""
     what = f"{backend} kernels on {device.name} in {' and '.join(precisions)}"
     log.warning(
@@ -77,31 +93,53 @@ def _run(device: _proof.Device, backend: str, precisions: tuple[str, ...]) -> st
     )
     start = time.monotonic()
     command = [sys.executable, "-m", "eqcvt", "tune", "--check-only", "--backend", backend]
-    command += ["--jobs", str(min(8, os.cpu_count() or 1))]
     command += [part for each in precisions for part in ("--precision", each)]
-    # This package and no other in the current folder, and the GPU that is meant.
-    paths = [str(_proof.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONSAFEPATH": "1",
-        "CUDA_VISIBLE_DEVICES": _visible(device),
-    }
+    command += ["--jobs", str(min(JOBS, usable_cores())), "--out", str(path)]
     said = ""
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as run:
+    run = subprocess.Popen(
+        command,
+        env=_environment(device),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
         assert run.stderr is not None
         for line in filter(None, map(str.strip, run.stderr)):
             said = line
             log.warning("%s", line)
-    outcome = "all are right" if run.returncode == 0 else "not all of them were found right"
+        code = run.wait()
+    except BaseException:
+        run.terminate()
+        raise
+    outcome = {0: "all are right", 1: "not all are right"}.get(code, "not all could be checked")
     log.warning("checked the %s in %.0f s: %s", what, time.monotonic() - start, outcome)
-    return said or f"its process ended with {run.returncode}"
+    return said or f"its process ended with {code}"
+
+
+def _environment(device: _proof.Device) -> dict[str, str]:
+    """Return the environment of a process of this package that sees one GPU of this kind.
+
+    It must not begin a check of its own, and its lines are read by a program.
+    """
+    ours = {
+        "CUDA_VISIBLE_DEVICES": _visible(device),
+        "PYTHONPATH": os.pathsep.join(
+            [str(_proof.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+        "PYTHONSAFEPATH": "1",
+        _proof.VARIABLE: "none",
+    }
+    left_out = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+    return {k: v for k, v in os.environ.items() if k not in left_out} | ours
 
 
 def _visible(device: _proof.Device) -> str:
     """Return CUDA_VISIBLE_DEVICES of a process that is to see one GPU of this kind."""
     order = [torch.cuda.current_device(), *range(torch.cuda.device_count())]
     index = next(i for i in order if _proof.kind(i) == device)
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[index].strip() if named else str(index)
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    # Set after torch had looked at it, the list is not the one that torch counts by.
+    return named[index] if index < len(named) and named[index] else str(index)

@@ -217,7 +217,7 @@ def conv_attention(
         )
     chosen = _backend.choose(
         "conv_attention",
-        x.device.type,
+        x.device,
         as_autocast(x).dtype,
         backend,
         lambda module: _supports(module, x, q, k, v, w, heads, kv_stride),

@@ -236,7 +236,7 @@ def lift(
         )
     chosen = _backend.choose(
         "lift",
-        x.device.type,
+        x.device,
         as_autocast(x).dtype,
         backend,
         lambda module: module.supports(

@@ -85,7 +85,7 @@ def mlp_block(
         )
     chosen = _backend.choose(
         "mlp_block",
-        x.device.type,
+        x.device,
         as_autocast(x).dtype,
         backend,
         lambda module: module.supports(as_autocast(x), w1),

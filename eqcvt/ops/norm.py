@@ -46,15 +46,20 @@ def _synchronised(
     dims = [d for d in range(x.dim()) if d != 1]
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    local = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() / x.shape[1])])
+    # In float64, as batch_moments: processes may differ in their backends, and must not here.
+    local = torch.cat(
+        [wide.sum(dims).double(), wide.new_full((1,), x.numel() / x.shape[1]).double()]
+    )
     total = _all_sum(local, group)
     count = total[-1].detach()
-    mean = total[:-1] / count
+    mean = (total[:-1] / count).to(wide.dtype)
     centred = wide - mean.view(shape)
-    variance = _all_sum(centred.square().sum(dims), group) / count
+    variance = _all_sum(centred.square().sum(dims).double(), group) / count
+    unbiased = (variance.detach() * count / (count - 1).clamp_min(1)).to(wide.dtype)
+    variance = variance.to(wide.dtype)
     scale = (weight * torch.rsqrt(variance + eps)).view(shape)
     y = (centred * scale + bias.view(shape)).to(x.dtype)
-    return y, mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach()
+    return y, mean.detach(), unbiased
 
 
 class _Affine(torch.autograd.Function):

@@ -77,7 +77,7 @@ def token_embed(
         )
     chosen = _backend.choose(
         "token_embed",
-        x.device.type,
+        x.device,
         as_autocast(x).dtype,
         backend,
         lambda module: module.supports(as_autocast(x), filters),

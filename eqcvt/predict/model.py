@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def predict(
     names = class_names(model, classes)
     size, channels = model.config["image_size"], model.config["in_channels"]
     chunks = found.chunks(channels, size, fit, readers=readers)
-    before: tuple[Chunk, Tensor] | None = None
+    before: tuple[Chunk, Callable[[], Tensor]] | None = None
     for batch in ahead([_batches(chunks, batch_size, device)], threads=1, depth=2):
         x = _unit(batch.images.to(device, non_blocking=True)).to(weights.dtype)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
@@ -88,9 +88,25 @@ def predict(
         # The results of a batch are waited for when the next one is on its way.
         if before is not None:
             yield from _answers(*before, names, found.skip_bad)
-        before = batch, logits.double().softmax(dim=-1)
+        before = batch, _fetched(logits.double().softmax(dim=-1))
     if before is not None:
         yield from _answers(*before, names, found.skip_bad)
+
+
+def _fetched(results: Tensor) -> Callable[[], Tensor]:
+    """Send results to the CPU; return what waits for them, and for nothing that comes after."""
+    if results.device.type != "cuda":
+        return lambda: results
+    there = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+    there.copy_(results, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record(torch.cuda.current_stream(results.device))
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return there
+
+    return wait
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -132,10 +148,10 @@ def _joined(chunks: Sequence[Chunk], device: torch.device) -> Chunk:
 
 
 def _answers(
-    batch: Chunk, probabilities: Tensor, classes: Sequence[str], skip_bad: bool
+    batch: Chunk, probabilities: Callable[[], Tensor], classes: Sequence[str], skip_bad: bool
 ) -> Iterator[Prediction]:
     """Yield the predictions of one batch."""
-    rows = zip(batch.names, batch.notes, batch.read, probabilities.tolist(), strict=True)
+    rows = zip(batch.names, batch.notes, batch.read, probabilities().tolist(), strict=True)
     for name, note, read, row in rows:
         if read and not all(map(math.isfinite, row)):
             why = "the model gave a value that is not finite"

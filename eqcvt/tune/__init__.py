@@ -10,12 +10,14 @@ written whole after each step, so an interrupted run goes on where it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from eqcvt import _check
 from eqcvt.ops import _backend, _proof
@@ -78,7 +80,7 @@ def run(
         backends: those to check, which must be available; only Triton's launches are tuned.
         precisions: those to check in, by default all; tuning takes them all.
         check_only: whether to leave launches as they are.
-        again: whether to do what the file says is done; checks alone are always made.
+        again: whether to do what the file says is done.
         minutes: after how many no further candidate is tried.
         jobs: checks at a time, each a process of its own that compiles and takes its share of the
             GPU's memory; 0 for all in this process.
@@ -100,26 +102,45 @@ def run(
     if not check_only and set(precisions) != set(_proof.PRECISIONS):
         raise ValueError("launches are tuned for every precision: give precisions to a check only")
     watcher = watcher or Watcher()
-    record = Record(path, about)
-    if record.dropped is not None:
-        watcher.note(f"{path} is begun anew: {record.dropped}")
-    launches.install(record.launches)
-    _check_all(record, ops, backends, precisions, device, jobs, watcher, check_only or again)
-    if check_only or "triton" not in backends:
+    with _alone(path, watcher):
+        record = Record(path, about)
+        if record.dropped is not None:
+            watcher.note(f"{path} is begun anew: {record.dropped}")
+        launches.install(record.launches)
+        _check_all(record, ops, backends, precisions, device, jobs, watcher, again)
+        if check_only or "triton" not in backends:
+            return record
+        before = dict(record.launches)
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        search = _Search(record, about, device, timer or CudaTimer(), watcher, deadline)
+        right = [
+            op for op in ops if all(record.checked("triton", op, p) for p in _proof.PRECISIONS)
+        ]
+        for op in ops:
+            if op in right:
+                search.op(op, again)
+            else:
+                watcher.note(f"{op} is not tuned: its kernels are wrong")
+        if record.launches != before:
+            # A proof is of one table, and an entry may serve several ops.
+            _check_all(record, _backend.OPS, ["triton"], precisions, device, jobs, watcher, False)
         return record
-    before = dict(record.launches)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    search = _Search(record, about, device, timer or CudaTimer(), watcher, deadline)
-    right = [op for op in ops if all(record.checked("triton", op, p) for p in _proof.PRECISIONS)]
-    for op in ops:
-        if op in right:
-            search.op(op, again)
-        else:
-            watcher.note(f"{op} is not tuned: its kernels are wrong")
-    if record.launches != before:
-        # A proof is of one table, and an entry may serve several ops.
-        _check_all(record, _backend.OPS, ["triton"], precisions, device, jobs, watcher, False)
-    return record
+
+
+@contextmanager
+def _alone(path: Path, watcher: Watcher) -> Iterator[None]:
+    """Keep other processes from a file that is written whole, again and again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        watcher.note(f"waiting for the eqcvt tune that holds {lock.lock_file}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_all(

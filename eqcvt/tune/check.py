@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,8 +33,14 @@ _PRECISIONS = {
 }
 
 
-# Seconds after which a check that has not ended is taken for one that hangs.
+# Seconds after which a check is given up.
 LIMIT = 1800
+# How a kernel can end a process; other signals come from outside.
+_CRASHES = {
+    getattr(signal, name)
+    for name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
+    if hasattr(signal, name)
+}
 
 
 class Unchecked(RuntimeError):
@@ -87,16 +94,16 @@ class Judge:
         """Run every call twice by a backend's kernels and compare.
 
         Raises:
-            torch.OutOfMemoryError: if the device has no room for them now.
+            Unchecked: if the device has no room for them now.
         """
         worst = 0.0
         with use_backend(backend), tf32(self._tf32):
             for label, call, inputs, exact, reference in self._calls:
                 try:
                     first, again = (cases.results(call, inputs) for _ in range(2))
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:  # whatever a compiler or a driver raises
+                    if "out of memory" in str(error).lower():
+                        raise Unchecked(first_line(error)) from error
                     return Verdict(False, math.inf, f"{label}: {first_line(error)}")
                 for part, backward in ((0, False), (1, True)):
                     rows = zip(first[part], again[part], exact[part], reference[part], strict=True)
@@ -125,11 +132,13 @@ def apart(
 ) -> Verdict:
     """Return the verdict on kernels with these launches, found by another process.
 
-    A process that dies or hangs is one on the kernels too.
+    A process that crashes is one on the kernels too.
 
     Raises:
-        Unchecked: if the check itself failed, as where the device has no room for it.
+        Unchecked: if the check itself failed, as where the device has no room for it, or there is
+            no compiler.
     """
+    what = f"{op} by {backend} in {precision}"
     try:
         run = subprocess.run(
             [sys.executable, "-m", "eqcvt.tune.check", op, precision, backend, device],
@@ -140,14 +149,15 @@ def apart(
             timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
-        return Verdict(False, math.inf, f"its process had not ended after {LIMIT} s")
+        raise Unchecked(f"{what} had not been checked after {LIMIT} s") from None
     lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines() or [""]
     if run.returncode == 0:
         passed, error, reason = json.loads(lines[-1])
         return Verdict(passed, math.inf if error is None else error, reason)
-    if run.returncode < 0:
+    if -run.returncode in _CRASHES:
         return Verdict(False, math.inf, f"its process died of signal {-run.returncode}")
-    raise Unchecked(f"{op} by {backend} in {precision} could not be checked: {lines[-1]}")
+    why = lines[-1] or f"its process ended with {run.returncode}"
+    raise Unchecked(f"{what} could not be checked: {why}")
 
 
 def _main(op: str, precision: str, backend: str, device: str) -> None:
@@ -155,6 +165,10 @@ def _main(op: str, precision: str, backend: str, device: str) -> None:
 
     if why := _backend._unavailable(backend, device):
         raise RuntimeError(f"{backend} cannot serve {op} on {device}: {why}")
+    if backend == "triton" and device == "cuda":
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # compiled by the C compiler, where there is one
     launches.install(json.load(sys.stdin))
     passed, error, reason = Judge(op, precision, device).verdict(backend)
     print(json.dumps([passed, error if passed else None, reason]))

@@ -42,7 +42,10 @@ TYPES = {
     torch.bool: "i1",
 }
 # Bytes of shared memory one program may have.
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {
+    capability: kib * 1024
+    for capability, kib in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()
+}
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -126,7 +129,8 @@ def assemble(launch: Launch, capability: int) -> Report:
         file.write(compiled.asm["ptx"])
         file.flush()
         arch = f"-arch=sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [tools / "ptxas", "-v", arch, file.name, "-o", os.devnull]
+        assembler = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+        command = [assembler, "-v", arch, file.name, "-o", os.devnull]
         remarks = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     use = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     matrix = sorted({m for m in ("HGMMA", "HMMA", "FFMA2") if m in code.stdout})

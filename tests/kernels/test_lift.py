@@ -347,6 +347,10 @@ def test_what_the_tests_run_is_supported() -> None:
     x = torch.empty(1, 40, 1, 1).expand(1, 40, 10000, 10000)
     why = lift.supports(x, torch.empty(1, 4, 40, 3, 3), None, **Case().block)
     assert why == "images of 10000x10000 pixels are too large for 32-bit offsets"
+    # A row that a tile's end makes twice as long.
+    x = torch.empty(1, 64, 1, 1).expand(1, 64, 196_000, 134)
+    why = lift.supports(x, torch.empty(2, 4, 64, 3, 3), None, **Case().block)
+    assert why == "images of 196000x134 pixels are too large for 32-bit offsets"
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
