@@ -19,6 +19,7 @@ from .lift_tile import (
     power_of_2,
     programs_of,
     transposed_bank,
+    unrolled,
 )
 
 RELU, AFFINE, GRADIENT, RAW = (tl.constexpr(i) for i in range(4))
@@ -200,7 +201,10 @@ def values(
     p, batch = f.plan, f.image.shape[0]
     launch = launches.find("lift_conv", f.image, p.shape)
     block_m = p.share(launch.pop("BLOCK_M"))
-    block_x = min(launch.pop("BLOCK_X"), max(16, power_of_2(s.w1)))
+    most = launch.pop("BLOCK_X")
+    if unrolled(f.image):  # a wider tile, or one for fewer warps, lies in memory, not in registers
+        most, launch["num_warps"] = min(most, 32), 8
+    block_x = min(most, max(16, power_of_2(s.w1)))
     slots = -(-p.rows // 8) * 8
     planar = mode.value == RELU.value
     shape = (batch, p.rows, s.h1, s.pitch) if planar else (batch, s.h1, s.w1, slots)

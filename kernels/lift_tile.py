@@ -104,9 +104,13 @@ def sizes(x: Tensor, bank: Tensor, stride: int, padding: int) -> Sizes:
 def plan(x: Tensor, s: Sizes, rows: int) -> Plan:
     """Choose the tile with the fewest multiplications per filter and image row."""
     most = launches.find("lift_plan", x)
-    # What the matrix unit cannot do is unrolled: few taps at a time.
-    exact = x.dtype == torch.float32 and precision(convolution=True) == "ieee"
-    return _plan(s, rows, most["ROWS"], most["CHUNK" if exact else "TAPS"], most["CHUNK"])
+    taps = most["CHUNK" if unrolled(x) else "TAPS"]
+    return _plan(s, rows, most["ROWS"], taps, most["CHUNK"])
+
+
+def unrolled(x: Tensor) -> bool:
+    """Whether products are those of float32 itself: no matrix unit makes them, tiles are small."""
+    return x.dtype == torch.float32 and precision(convolution=True) == "ieee"
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ EQCVT_AOT leaves all but some ops and precisions out: ``"lift mlp_block bfloat16
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -17,6 +18,8 @@ from eqcvt.kernels import common, launches
 from eqcvt.ops import _backend, _proof, use_backend
 from eqcvt.tune import cases
 from eqcvt.tune.check import _PRECISIONS, tf32
+
+ATTENTION = importlib.import_module("eqcvt.ops.conv_attention")  # behind the function of its name
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -41,6 +44,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                             use_backend("triton"),
                             tf32(switch),
                             mock.patch.dict(_backend._REASONS, triton=lambda device: None),
+                            mock.patch.object(ATTENTION, "UNFOLDED_PAYS", {"cpu"}),
                             mock.patch.object(common, "interpreted", return_value=True),
                             mock.patch.object(launches, "INTERPRETER", 10 * major + minor),
                         ):

@@ -356,11 +356,12 @@ def test_what_the_tests_run_is_supported() -> None:
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """The calls to assemble, of which EQCVT_AOT names the first letters of one label.
 
-    Every dtype, at the model's sizes and those of a stacked block.
+    Every precision, at the model's sizes and those of a stacked block.
     """
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for precision in ("bfloat16", "float16", "tf32", "float32"):
+        dtype = getattr(torch, precision.replace("tf32", "float32"))
         for channels, size in ((3, 129), (1, 129), (40, 65)):
-            label = f"{dtype} {channels}x{size}x{size}".removeprefix("torch.")
+            label = f"{precision} {channels}x{size}x{size}"
             if not label.startswith(os.environ.get("EQCVT_AOT", "")):
                 continue
 
@@ -383,7 +384,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 arg: Tensor = arg,
                 conv: Any = conv,
                 block: Any = block,
+                switch: bool = precision == "tf32",
             ) -> None:
+                torch.backends.cudnn.allow_tf32 = switch
                 lift.moments(*shared, correlate=True, **conv)
                 lift.moments(*shared, correlate=False, **conv)
                 lift.moments_input(*shared, v, v, **conv)
@@ -476,17 +479,18 @@ def test_what_a_call_holds_is_little() -> None:
     assert max(found.values()) < 0.35 * 2**30
 
 
-def test_kernels_assemble_without_spills_within_shared_memory() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "EQCVT_AOT": "bfloat16 3x"}
+@pytest.mark.parametrize(("calls", "spilled"), [("bfloat16 3x", 0), ("float32 1x", 8)])
+def test_kernels_assemble_without_spills_within_shared_memory(calls: str, spilled: int) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "EQCVT_AOT": calls}
     command = [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls", "80", "90"]
     lines = subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     assert lines
     for report in map(json.loads, lines):
-        assert report["spilled"] == 0, report
+        assert report["spilled"] <= spilled, report
         assert report["shared"] <= aot.SHARED_LIMIT[report["capability"]], report
-        if report["kernel"] in ("_lift_conv_kernel", "_lift_sums_kernel"):
+        if "bf" in calls and report["kernel"] in ("_lift_conv_kernel", "_lift_sums_kernel"):
             assert report["matrix"] == ("HGMMA" if report["capability"] == 90 else "HMMA"), report
 
 
