@@ -21,7 +21,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "bench" / "results" / "demo" / "results.json"
 SMALL = ROOT / "bench" / "results" / "paper" / "small.json"
 CASE = ("EqCvT", "4x1x129x129")
-BENCH = ROOT / "bench" / "results" / "amd-epyc-family-25-model-17.csv"
+BENCHES = {
+    "Intel": "intel-r-xeon-r-processor-family-6-model-207.csv",
+    "AMD": "amd-epyc-family-25-model-17.csv",
+}
 
 
 def _blocks(language: str) -> list[str]:
@@ -96,17 +99,19 @@ def test_what_few_images_teach_is_the_recorded_table() -> None:
         ]
 
 
-def test_times_and_memory_are_the_recorded_ones() -> None:
-    with BENCH.open() as file:
+@pytest.mark.parametrize("device", BENCHES)
+def test_times_and_memory_are_the_recorded_ones(device: str) -> None:
+    with (ROOT / "bench" / "results" / BENCHES[device]).open() as file:
         rows = [r for r in csv.DictReader(file) if (r["op"], r["shape"]) == CASE]
     recorded = {(row["case"], row["implementation"]): row for row in rows}
     for case, start, column, per, form in (
-        ("training", "| forward + backward", "median_ms", 4, ".0f"),
-        ("inference", "| forward, eval", "median_ms", 4, ".0f"),
-        ("training", "| memory of a training step", "peak_mib", 1, ".0f"),
-        ("first training", "| time to the first training step", "median_ms", 1e3, ".1f"),
+        ("training", "forward + backward", "median_ms", 4, ".0f"),
+        ("inference", "forward, eval", "median_ms", 4, ".0f"),
+        ("training", "memory of a training step", "peak_mib", 1, ".0f"),
+        ("first training", "time to the first training step", "median_ms", 1e3, ".1f"),
     ):
-        row = next(line for line in README.splitlines() if line.startswith(start))
+        lines = README.splitlines()
+        row = next(line for line in lines if line.startswith(f"| {device}: {start}"))
         cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
         columns = ("escnn", "eager", "compile", "native")
         assert cells == [f"{float(recorded[case, n][column]) / per:{form}}" for n in columns]
