@@ -19,6 +19,7 @@ LEVEL = {
     "kernels": 0,
     "_check": 0,
     "_files": 0,
+    "_machine": 0,
     "groups": 1,
     "native": 1,
     "ops": 2,
@@ -40,7 +41,7 @@ LEVEL = {
     "__main__": 10,
 }
 # The data know nothing of the networks, and a kernel nothing of anything.
-ONLY = {"kernels": {"kernels"}, "data": {"data", "_check", "_files"}}
+ONLY = {"kernels": {"kernels"}, "data": {"data", "_check", "_files", "_machine"}}
 HEAVY = {
     *("caustics", "matplotlib", "torchmetrics", "lightning_utilities", "typer", "rich"),
     *("onnx", "onnxruntime", "onnxscript", "tensorboard", "triton", "escnn", "einops", "sklearn"),

@@ -1,10 +1,10 @@
 """Which GPU kernels were proven on this machine's GPU: the file that ``eqcvt tune`` writes.
 
-The file is EQCVT_TUNED (``none``: no file counts), else ``<device>.json`` in
-``$XDG_CACHE_HOME/eqcvt`` (``~/.cache/eqcvt``); the package may ship ``kernels/proven-<class>.json``
-for a class of devices. It holds tuned launches, and for each backend, op and precision whether the
-kernels were as right as plain PyTorch; both count for the same device, versions of torch and
-triton, and kernels only.
+The file is EQCVT_TUNED (``none``: no file counts), else the one in ``$XDG_CACHE_HOME/eqcvt``
+(``~/.cache/eqcvt``) with the names of the device and of the versions of torch and triton; the
+package may ship ``kernels/proven-<class>.json`` for a class of devices. It holds tuned launches,
+and for each backend, op and precision whether the kernels were as right as plain PyTorch; both
+count for the same device, versions of torch and triton, and kernels only.
 
 Kernels without a verdict are checked where they are first wanted: once per machine, by ``eqcvt tune
 --check-only`` in a process of its own, while the other processes of a run wait. A file that

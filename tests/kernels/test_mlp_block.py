@@ -214,11 +214,12 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{name} {width}", run
 
 
-def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     lines = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls", "80", "90"],
-        env={"EQCVT_AOT": "bfloat16", **environment},
+        env={"EQCVT_AOT": "bfloat16", **({"EQCVT_AOT_WIDE": "1"} if wide else {}), **environment},
         check=True,
         capture_output=True,
         text=True,
@@ -226,6 +227,6 @@ def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
     reports = [json.loads(line) for line in lines]
     assert {r["kernel"] for r in reports} >= {"_mlp_block_fwd_kernel", "_mlp_block_bwd_kernel"}
     for r in reports:
-        # Tiles are sized for sm_90; the backward kernel is a few registers too large for sm_80.
-        assert r["spilled"] <= {80: 64, 90: 0}[r["capability"]], r
+        # The backward kernel is a few registers too large: on sm_80, and with 64 channels on sm_90.
+        assert r["spilled"] <= {80: 64, 90: 32 if wide else 0}[r["capability"]], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
