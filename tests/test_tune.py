@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -458,22 +459,24 @@ class Checks:
     def __init__(self, proof: Record, monkeypatch: pytest.MonkeyPatch) -> None:
         self.proof, self.calls = proof, []  # type: tuple[Record, list[tuple[list[str], Any]]]
         self.passed, self.returncode, self.interrupted = True, 0, False
+        self.seconds = 0.0
         self.stderr = ["lift by triton in tf32: right\n", "\n"]
         monkeypatch.setattr(_prove.subprocess, "Popen", self)
 
     def __call__(self, command: list[str], **options: Any) -> Any:
         self.calls.append((command, options["env"]))
+        return self
+
+    def wait(self) -> int:
+        time.sleep(self.seconds)
+        if self.interrupted:
+            raise KeyboardInterrupt
         if self.returncode != 2:
             for check in self.proof.content["checks"].values():
                 check.update(
                     passed=self.passed, reason=None if self.passed else "error 1 exceeds 0"
                 )
             self.proof.save()
-        return self
-
-    def wait(self) -> int:
-        if self.interrupted:
-            raise KeyboardInterrupt
         return self.returncode
 
     def terminate(self) -> None:
@@ -546,6 +549,7 @@ def test_a_check_that_was_interrupted_is_made_at_the_next_use(checks: Checks) ->
 
 
 def test_threads_wait_for_the_check_of_the_first(checks: Checks) -> None:
+    checks.seconds = 0.2
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(lambda op: _chosen(op), _backend.OPS))
     assert found == {"triton"}

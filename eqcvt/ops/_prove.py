@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -24,7 +23,6 @@ PATIENCE = 3600
 JOBS = 4
 
 _tried: dict[tuple[_proof.Device, str, tuple[str, ...]], str] = {}
-_turn = threading.Lock()
 
 
 @functools.cache
@@ -43,8 +41,7 @@ def why_not(device: _proof.Device, op: str, backend: str, dtype: torch.dtype) ->
     gap = _proof.gap(device, op, backend, precisions)
     advice = "`eqcvt tune` checks them"
     if gap is not None and gap.unchecked:
-        with _turn:
-            problem = _check(device, op, backend, precisions)
+        problem = _check(device, op, backend, precisions)
         gap = _proof.gap(device, op, backend, precisions)
         if gap is not None and gap.unchecked:
             advice = f"the check could not be made: {problem}"
@@ -52,7 +49,7 @@ def why_not(device: _proof.Device, op: str, backend: str, dtype: torch.dtype) ->
 
 
 def _check(device: _proof.Device, op: str, backend: str, precisions: tuple[str, ...]) -> str:
-    """Check a backend's kernels of every op, or wait for the process that does.
+    """Check a backend's kernels of every op, or wait for the process or thread that does.
 
     Tried once in a process, unless it was interrupted. Returns the last that the check said.
     """
