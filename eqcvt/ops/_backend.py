@@ -110,7 +110,8 @@ def _unproven(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
     """Return why the automatic choice leaves a backend out for want of a proof, or None."""
     if device.type != "cuda":
         return None
-    reason = _prove.why_not(_proof.kind(device.index), op, backend, dtype)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    reason = _prove.why_not(_proof.kind(index), op, backend, dtype)
     return reason and f"{reason}; EQCVT_BACKEND={backend} takes it all the same"
 
 

@@ -71,8 +71,9 @@ def devices() -> list[Device]:
     return sorted({kind(index) for index in range(torch.cuda.device_count())})
 
 
-def kind(index: int | None) -> Device:
-    """Return what kind of GPU torch's one of this number is, or the current one."""
+@functools.cache
+def kind(index: int) -> Device:
+    """Return what kind of GPU torch's one of this number is."""
     about = torch.cuda.get_device_properties(index)
     return Device(about.name, f"{about.major}.{about.minor}")
 

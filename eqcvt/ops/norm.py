@@ -47,9 +47,8 @@ def _synchronised(
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # In float64, as batch_moments: processes may differ in their backends, and must not here.
-    local = torch.cat(
-        [wide.sum(dims).double(), wide.new_full((1,), x.numel() / x.shape[1]).double()]
-    )
+    values = wide.new_full((1,), x.numel() / x.shape[1], dtype=torch.float64)
+    local = torch.cat([wide.sum(dims).double(), values])
     total = _all_sum(local, group)
     count = total[-1].detach()
     mean = (total[:-1] / count).to(wide.dtype)

@@ -315,6 +315,33 @@ def test_what_does_not_fit_is_refused(native: Emulated, monkeypatch: pytest.Monk
         _moments(native, case, *args[:3])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "blur", "stride", "taken"),
+    [
+        *((7, 13, 1, True), (9, 13, 3, True), (13, 9, 1, True)),
+        *((11, 13, 1, False), (7, 15, 1, False), (7, 13, 4, False), (3, 9, 8, False)),
+    ],
+)
+def test_blurs_that_no_tile_takes_are_refused(
+    native: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: int,
+    blur: int,
+    stride: int,
+    taken: bool,
+) -> None:
+    """What is taken fits into the smallest shared memory, with as many filters as a block has."""
+    with FakeTensorMode():
+        x, bank = torch.empty(1, 1, 40, 40, device="cuda"), torch.empty(3, 16, 1, kernel, kernel)
+        options = {"stride": 1, "padding": 1, "blur_stride": stride, "pool": True}
+        reason = lift.supports(x, bank, torch.empty(blur), **options)
+    assert (reason is None) == taken
+    if taken:
+        monkeypatch.setenv("EQCVT_EMULATE_SHARED", str(99 * 1024))
+        case = Case(1, 1, 30, 27, 3, 16, kernel, 1, 1, True, blur, stride)
+        test_apply(native, case, torch.float32)
+
+
 def test_images_beyond_32_bit_offsets_are_refused() -> None:
     with FakeTensorMode():
         bank = torch.empty(10, 4, 3, 7, 7)
