@@ -1,0 +1,321 @@
+"""The table of launches, the check of kernels, and the search for faster launches."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eqcvt import tune
+from eqcvt.kernels import launches
+from eqcvt.ops import _backend, _proof
+from eqcvt.tune import cases, check, search
+from eqcvt.tune.record import Record
+from tests.cli.conftest import invoke
+from tests.tune.conftest import H100, KEY
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs Triton's interpreter",
+)
+
+
+def test_every_kernel_has_a_launch_for_every_dtype_shape_and_device() -> None:
+    defined = {
+        node.name.removeprefix("_").removesuffix("_kernel")
+        for file in KERNELS.glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert defined == set(launches.KERNELS) - {"lift_plan"}
+    for name, kernel in launches.KERNELS.items():
+        for bits in kernel.bits:
+            for shape in kernel.shapes:
+                for capability in (80, 86, 89, 90, 100, 120, launches.INTERPRETER):
+                    launch = launches.nearest(name, bits, shape, capability)
+                    assert launch.keys() == kernel.fields.keys()
+
+
+def test_a_device_takes_the_highest_class_up_to_its_own() -> None:
+    def warps(capability: int) -> int:
+        return launches.nearest("mlp_block_fwd", 16, "D32", capability)["num_warps"]
+
+    shipped = launches.table()["sm80 mlp_block_fwd 16 D32"]
+    assert KEY not in launches.table()
+    with launches.installed({KEY: shipped | {"num_warps": 8}, f"sm120{KEY[4:]}": shipped}):
+        assert [warps(c) for c in (75, 80, 89, 90, 100, 120, 121)] == [4, 4, 4, 8, 8, 4, 4]
+    assert warps(90) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("mlp_block_fwd 16 D32", {}, "as in 'sm90 lift_conv 16 K256', got 'mlp_block_fwd 16 D32'"),
+        ("sm90 mlp_blok_fwd 16 D32", {}, "'mlp_blok_fwd'; did you mean 'mlp_block_fwd'"),
+        ("sm90 mlp_block_fwd 8 D32", {}, "bits must be one of '16', '32', got '8'"),
+        ("sm90 mlp_block_fwd 16 D48", {}, "one of 'D32', 'D64', 'D128', got 'D48'"),
+        (KEY, {"BLOCK_M": 32}, "a field must be one of .*got 'BLOCK_M'; did you mean 'BLOCK_N'"),
+        (KEY, {"num_warps": 3}, "num_warps must be one of 1, 2, 4, 8, got 3"),
+        (KEY, {"num_warps": True}, "num_warps must be one of 1, 2, 4, 8, got True"),
+        (KEY, None, "needs the fields BLOCK_N, BLOCK_E, num_warps, num_stages, got None"),
+    ],
+)
+def test_what_is_no_launch_is_refused(key: str, change: Any, message: str) -> None:
+    launch = None if change is None else launches.table()[f"sm80{KEY[4:]}"] | change
+    with pytest.raises(ValueError, match=message):
+        launches.install({key: launch})
+
+
+class Times:
+    """A kernel whose time, and whether it is right, depends on its launch."""
+
+    def __init__(self, cost: Callable[[dict[str, int]], float]) -> None:
+        self.cost, self.seen = cost, []
+
+    def launch(self) -> dict[str, int]:
+        return launches.nearest("mlp_block_fwd", 16, "D32", 90)
+
+    def time(self) -> float:
+        self.seen.append(self.launch())
+        return self.cost(self.launch())
+
+    def search(self, wrong: Callable[[], str | None], **options: Any) -> search.Found:
+        options = {"refused": {}} | options
+        return search.descend(KEY, self.launch(), self.time, wrong, **options)
+
+
+def _cost(launch: dict[str, int]) -> float:
+    return 1 + abs(launch["BLOCK_N"] - 16) + 10 * abs(launch["num_warps"] - 2)
+
+
+def test_the_search_finds_the_fastest_launch() -> None:
+    kernel = Times(_cost)
+    found = kernel.search(lambda: None)
+    assert found.launch == kernel.launch() | {"BLOCK_N": 16, "num_warps": 2}
+    assert (found.before_ms, found.after_ms, found.finished) == (69, 1, True)
+    assert len({str(launch) for launch in kernel.seen}) == len(kernel.seen)
+
+
+def test_the_search_drops_what_is_wrong_or_does_not_run() -> None:
+    def cost(launch: dict[str, int]) -> float:
+        if launch["num_warps"] == 2:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return _cost(launch)
+
+    kernel = Times(cost)
+    refused: dict[str, str] = {}
+    found = kernel.search(
+        lambda: "result 0: error 1 exceeds 0" if kernel.launch()["BLOCK_N"] == 16 else None,
+        refused=refused,
+    )
+    assert found.launch == kernel.launch() | {"BLOCK_N": 32}
+    assert set(refused.values()) == {
+        "RuntimeError: out of resource: shared memory",
+        "result 0: error 1 exceeds 0",
+    }
+    kernel.seen.clear()
+    assert kernel.search(lambda: None, refused=refused).launch == found.launch
+    assert not [launch for launch in kernel.seen if str(launch) in refused]
+
+
+def test_a_difference_within_the_noise_is_no_gain_and_time_can_be_up() -> None:
+    kernel = Times(lambda launch: 1 - 0.01 * (launch["num_warps"] == 8))
+    assert kernel.search(lambda: None).launch == kernel.launch()
+    found = Times(_cost).search(lambda: None, expired=lambda: True)
+    assert (found.launch, found.finished) == (kernel.launch(), False)
+
+
+@pytest.mark.needs("native")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kernels_are_judged_by_values_gradients_and_second_runs(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cases.CHECKED, "mlp_block", {"small": {}})
+    judge = check.Judge("mlp_block", precision, "cpu")
+    verdict = judge.verdict("native")
+    assert verdict.passed, verdict.reason
+    assert 0 < verdict.error <= 1
+    module = _backend.module("mlp_block", "native", "cpu")
+    forward, backward = module.forward, module.backward
+    monkeypatch.setattr(module, "forward", lambda *a, **k: forward(*a, **k) * 1.1)
+    assert "training: result 0: error" in (judge.verdict("native").reason or "")
+    monkeypatch.setattr(module, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
+    assert not judge.verdict("native").passed
+    monkeypatch.setattr(module, "forward", forward)
+
+    def other_bias(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        *rest, last = backward(*args, **options)
+        return *rest, last + torch.rand(())
+
+    monkeypatch.setattr(module, "backward", other_bias)
+    reason = judge.verdict("native").reason
+    assert reason == "small, training: gradient 6 differs from run to run"
+    monkeypatch.setattr(module, "backward", lambda *a, **k: [t * 2 for t in backward(*a, **k)])
+    assert "gradient 0: error" in (judge.verdict("native").reason or "")
+
+
+@pytest.mark.needs("native")
+def test_a_check_is_made_by_a_process_of_its_own() -> None:
+    verdict = check.apart("mlp_block", "float32", "native", "cpu", {})
+    assert verdict.passed, verdict.reason
+    with pytest.raises(check.Unchecked, match="cannot serve mlp_block on meta"):
+        check.apart("mlp_block", "float16", "native", "meta", {})
+
+
+def test_a_crash_is_a_verdict_and_what_comes_from_outside_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    died = subprocess.CompletedProcess([], -signal.SIGSEGV, "", "")
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: died)
+    assert (
+        check.apart("lift", "tf32", "triton", "cuda", {}).reason == "its process died of signal 11"
+    )
+    died.returncode = -signal.SIGKILL  # as a system does that has no memory left
+    with pytest.raises(check.Unchecked, match=r"lift by triton in tf32 could not .* with -9"):
+        check.apart("lift", "tf32", "triton", "cuda", {})
+    monkeypatch.undo()
+    monkeypatch.setattr(check, "LIMIT", 0.01)
+    with pytest.raises(check.Unchecked, match="had not been checked after"):
+        check.apart("mlp_block", "float32", "native", "cpu", {})
+
+
+@triton
+@pytest.mark.usefixtures("small")
+def test_no_room_on_the_device_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eqcvt.kernels import mlp_block
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr(mlp_block, "forward", full)
+    with pytest.raises(check.Unchecked, match="out of memory"):
+        check.Judge("mlp_block", "float32", "cpu").verdict("triton")
+
+    def unchecked(*_: Any) -> check.Verdict:
+        raise check.Unchecked("mlp_block could not be checked: CUDA out of memory")
+
+    monkeypatch.setattr(tune, "apart", unchecked)
+    with pytest.raises(check.Unchecked, match="out of memory"):
+        _tune(tmp_path / "tuned.json", Clock(), jobs=1)
+    assert not (tmp_path / "tuned.json").exists()
+
+
+def test_launches_are_tuned_for_every_precision_or_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for every precision"):
+        _tune(tmp_path / "tuned.json", Clock(), precisions=["bfloat16"])
+    with pytest.raises(ValueError, match="did you mean 'float16'"):
+        _tune(tmp_path / "tuned.json", Clock(), precisions=["floa16"], check_only=True)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune one op on small tensors in one precision."""
+    options = {"shape": (1, 16, 3, 3), "hidden": 16}
+    monkeypatch.setattr(cases, "CHECKED", {"mlp_block": {"small": options}})
+    monkeypatch.setattr(cases, "TIMED", {"mlp_block": [(options, True)]})
+    monkeypatch.setattr(tune, "_TIMED", {torch.float32: ("float32",)})
+    monkeypatch.setattr(_proof, "PRECISIONS", ("float32",))
+    monkeypatch.setattr(_backend, "OPS", ("mlp_block",))
+
+
+class Clock:
+    """Counts milliseconds by the launches in force, as a GPU might."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, run: Callable[[], object], kernels: tuple[str, ...]) -> float:
+        self.calls.append(kernels)
+        if kernels == ("sum_rows",):
+            return 0.1
+        return 8 / launches.nearest(kernels[0], 32, "D32", 90)["num_warps"]
+
+
+def _tune(path: Path, clock: Clock, **options: Any) -> Record:
+    options = {"ops": ["mlp_block"], "backends": ["triton"], "jobs": 0} | options
+    return tune.run(path, H100, timer=clock, device="cpu", **options)
+
+
+@triton
+@pytest.mark.usefixtures("small")
+def test_tuning_writes_launches_with_their_proof_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, clock = tmp_path / "eqcvt" / "tuned.json", Clock()
+
+    class Interrupt(tune.Watcher):
+        def timed(self, key: str, entry: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _tune(path, clock, watcher=Interrupt())
+    assert len(json.loads(path.read_text())["times"]) == 1
+    record = _tune(path, clock)
+    written = json.loads(path.read_text())
+    assert written == record.content
+    # Of the others no launch is faster than the shipped one.
+    assert record.launches.keys() == {"sm90 mlp_block_fwd 32 D32"}
+    assert record.launches["sm90 mlp_block_fwd 32 D32"]["num_warps"] == 8
+    kernels = {key.split(" ")[1] for key in written["times"]}
+    assert kernels == {"mlp_block_fwd", "mlp_block_bwd", "sum_rows"}
+    assert all(entry["finished"] for entry in written["times"].values())
+    assert record.checked("triton", "mlp_block", "float32")
+    clock.calls.clear()
+    assert _tune(path, clock).content["times"] == written["times"]
+    assert len(clock.calls) == 3  # what each kernel costs, and no search
+
+
+@triton
+@pytest.mark.usefixtures("small")
+def test_wrong_kernels_are_not_tuned_and_prove_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eqcvt.kernels import mlp_block
+
+    forward = mlp_block.forward
+    monkeypatch.setattr(mlp_block, "forward", lambda *a, **k: forward(*a, **k) * 1.5)
+    clock = Clock()
+    record = _tune(tmp_path / "tuned.json", clock)
+    assert not clock.calls
+    assert record.content["checks"]["triton mlp_block float32"]["passed"] is False
+    assert "result 0: error" in record.content["checks"]["triton mlp_block float32"]["reason"]
+
+
+def test_the_command_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = invoke("tune", code=2)
+    assert "eqcvt tune needs a CUDA device, and torch sees none" in result.stderr
+
+
+def test_a_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None:
+    script = KERNELS.parent / "bench" / "gpu.sh"
+
+    def session(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": os.environ["PATH"], "OUT": str(tmp_path / "out"), "PYTHON": "false"}
+        return subprocess.run(
+            ["bash", str(script)], env=environment | variables, capture_output=True, text=True
+        )
+
+    done = session(PARTS="check sanitize", LIMITS="check=5")
+    assert done.returncode == 1
+    page = (tmp_path / "out" / "summary.txt").read_text()
+    assert page in done.stdout
+    for part in ("check", "sanitize"):
+        assert f"{part}: failed with 1" in page
+        assert (tmp_path / "out" / f"{part}.log").exists()
+    wrong = session(PARTS="chek")
+    assert (wrong.returncode, "PARTS names chek" in wrong.stderr) == (2, True)
+    wrong = session(LIMITS="check=soon")
+    assert (wrong.returncode, "LIMITS must be a list" in wrong.stderr) == (2, True)
