@@ -79,10 +79,10 @@ class SteerableLift(nn.Module):
 
     def bank(self) -> Tensor:
         """Return the bank of turned filters ``[F, G, C, k, k]``, in the weights' own precision."""
-        device, basis = self.weight.device.type, self.basis.to(self.weight.dtype)
-        if not torch.amp.is_autocast_available(device):  # such as meta
+        basis = self.basis.to(self.weight.dtype)
+        if self.weight.is_meta:  # which has no autocast
             return ops.filter_bank(self.weight, basis)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(self.weight.device.type, enabled=False):
             return ops.filter_bank(self.weight, basis)
 
     def forward(self, x: Tensor) -> Tensor:

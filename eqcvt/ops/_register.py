@@ -81,7 +81,7 @@ def parameter(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.is_meta or not torch.is_autocast_enabled(device):  # meta has no autocast
         return x.dtype
     return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
