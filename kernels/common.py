@@ -60,6 +60,20 @@ def programs(x: Tensor, per_multiprocessor: int, tiles: int) -> int:
 
 
 @triton.jit
+def tf32_factor(x, PRECISION: tl.constexpr):
+    """Round a factor of a TF32 product to the nearest TF32 number; other factors stay.
+
+    Matrix units drop the low 13 bits of fp32. That draws every product towards zero, and what does
+    not cancel with it: the mean of a convolution by 8e-4 and its variance by 1.4e-3, seen on an
+    H100.
+    """
+    if (PRECISION == "tf32") and (x.dtype == tl.float32):
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
 def add_part(part_ptr, value, mask, is_first):
     """Add ``value`` to a part of this program's own row of parts, or start the sum with it."""
     part = tl.load(part_ptr, mask=mask & (is_first == 0), other=0.0)

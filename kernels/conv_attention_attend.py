@@ -396,6 +396,11 @@ def _conv_attention_attend_fwd_kernel(
     tl.store(y_ptr + i_b * N * D + offsets, t.to(dtype), mask=mask)
 
 
+def may_bound(dtype: torch.dtype) -> bool:
+    """Return whether exponentials may do without the running maximum; those of fp16 may not."""
+    return dtype != torch.float16
+
+
 def attend(
     a: Tensor,
     b: Tensor,
@@ -477,7 +482,7 @@ def attend(
         HAS_RESIDUAL=residual is not None,
         HAS_DROPOUT=dropout > 0,
         SAVE=save,
-        MAY_BOUND=a.dtype != torch.float16,
+        MAY_BOUND=may_bound(a.dtype),
         PRECISION=precision(),
         **launch,
     )

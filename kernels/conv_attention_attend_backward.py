@@ -53,11 +53,14 @@ def _query_gradient(
     BLOCK_M: tl.constexpr,
     SHARED: tl.constexpr,
     MASKED: tl.constexpr,
+    ALONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what one tile of keys gives to the gradient of one tile of queries.
 
-    Per score: three products of D, one exponential and four operations.
+    A tile that is ALONE has all keys and makes ``delta`` itself: of few keys each has a large
+    probability, and the rounding of the saved ``o`` would be seen. Per score: three products of D,
+    one exponential and four operations.
     """
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -71,8 +74,12 @@ def _query_gradient(
     if MASKED:
         p = tl.where((o_m < M)[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if ALONE:
+        total = tl.sum(p, 1)
+        p /= tl.where(total > 0, total, 1.0)[:, None]  # none in rows beyond the last
+        delta = tl.sum(p * dp, 1)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), delta
 
 
 @triton.jit
@@ -153,9 +160,10 @@ def _conv_attention_attend_bwd_queries_kernel(
     wo = head_weight(wo_ptr, i_h, D, BLOCK_D).to(dtype)
     do = tl.dot(t, tl.trans(wo), input_precision=PRECISION).to(dtype)
     tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
-    o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_ptr + rows + o_n, delta * LN2)
+    delta = tl.zeros([BLOCK_N], tl.float32)
+    if WHOLE:
+        o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
     lse = tl.load(lse_ptr + (i_b * HEADS + i_h) * N + o_n, mask=m_n, other=float("inf"))
     lse2 = lse * LOG2E
@@ -168,7 +176,7 @@ def _conv_attention_attend_bwd_queries_kernel(
     if WHOLE:
         tl.assume(whole > 0)
         for first in tl.range(0, whole, BLOCK_M):
-            dq = _query_gradient(
+            dq, delta = _query_gradient(
                 dq,
                 q,
                 do,
@@ -183,10 +191,11 @@ def _conv_attention_attend_bwd_queries_kernel(
                 BLOCK_M,
                 SHARED,
                 False,
+                False,
                 PRECISION,
             )
     if TAIL_M > 0:
-        dq = _query_gradient(
+        dq, delta = _query_gradient(
             dq,
             q,
             do,
@@ -201,8 +210,10 @@ def _conv_attention_attend_bwd_queries_kernel(
             TAIL_M,
             SHARED,
             True,
+            not WHOLE,
             PRECISION,
         )
+    tl.store(delta_ptr + rows + o_n, delta * LN2)
     tl.store(dq_ptr + i_b * N * HEADS * D + head_offsets, dq.to(dtype), mask=mask)
 
 

@@ -42,12 +42,14 @@ class Kernel(NamedTuple):
     """What a launch says: fields with the values they may have, and the keys it has entries for.
 
     BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor; the
-    rest are Triton's options.
+    rest are Triton's options. ``rows`` is the field that counts the rows of a matrix product whose
+    result is a factor of the next: there Triton stacks all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
     shapes: tuple[str, ...] = ("any",)
     bits: tuple[int, ...] = (16, 32)
+    rows: str = ""
 
 
 # ``lift_plan`` is no kernel: it says how filters and taps fill the tiles of conv and sums.
@@ -60,7 +62,9 @@ KERNELS = {
     ),
     "lift_input": Kernel({"BLOCK_P": TILE, **WARPS, **STAGES}),
     "lift_sums": Kernel(
-        {"BLOCK_M": (64, 128), "BLOCK_X": TILE, **WARPS, **STAGES, **RESIDENT}, TAPS
+        {"BLOCK_M": (64, 128), "BLOCK_X": TILE, **WARPS, **STAGES, **RESIDENT},
+        TAPS,
+        rows="BLOCK_M",
     ),
     "lift_finish": Kernel(
         {
@@ -80,20 +84,20 @@ KERNELS = {
     "conv_attention_project_bwd": Kernel({"BLOCK_T": TILE, **WARPS}, WIDTHS),
     "conv_attention_keys": Kernel({"BLOCK_M": (32, 64, 128), **WARPS}, WIDTHS),
     "conv_attention_attend_fwd": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "conv_attention_attend_bwd_queries": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "conv_attention_attend_bwd_keys": Kernel(
-        {"BLOCK_M": TILE, "BLOCK_N": TILE, **WARPS, **STAGES}, WIDTHS
+        {"BLOCK_M": TILE, "BLOCK_N": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_M"
     ),
     "conv_attention_weights_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS
     ),
     "mlp_block_fwd": Kernel({"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES}, WIDTHS),
     "mlp_block_bwd": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS
+        {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS, rows="BLOCK_N"
     ),
     "token_embed_fwd": Kernel(
         {"BLOCK_P": TILE, "BLOCK_K": (16, 32, 64), **WARPS, **STAGES}, WIDTHS
@@ -191,7 +195,25 @@ def validated(entries: Mapping[str, Any]) -> dict[str, Launch]:
             if type(value) is not int or value not in known.fields[field]:
                 allowed = ", ".join(map(str, known.fields[field]))
                 raise ValueError(f"{key!r}: {field} must be one of {allowed}, got {value!r}")
+        if why := too_few_rows(kernel, launch, _class(key)):
+            raise ValueError(f"{key!r}: {why}")
     return {key: dict(launch) for key, launch in entries.items()}
+
+
+def too_few_rows(kernel: str, launch: Launch, capability: int) -> str | None:
+    """Return why Hopper's matrix unit would read beyond a tile's rows, or None.
+
+    It takes 16 rows for each warp, whole groups of 4. Triton stacks the warps of chained products
+    whether there are as many rows or not, and its program then read illegal addresses on an H100
+    or gave wrong gradients. Tiles of less than 64 rows go to the older unit, which is right.
+    """
+    rows = launch[KERNELS[kernel].rows] if KERNELS[kernel].rows else 0
+    if 90 <= capability < 100 and 64 <= rows < 16 * launch["num_warps"]:
+        return (
+            f"{launch['num_warps']} warps need {KERNELS[kernel].rows} of "
+            f"{16 * launch['num_warps']} or more on this class, got {rows}"
+        )
+    return None
 
 
 @functools.cache

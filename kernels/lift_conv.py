@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import precision
+from .common import precision, tf32_factor
 from .lift_tile import (
     Factors,
     Sizes,
@@ -275,6 +275,7 @@ def _lift_input_kernel(
         b_d = tl.load(p_d + o_d, mask=m[:, None] & m_k[None, :], other=0.0)
         o_w = (o_c * (KERNEL * KERNEL * SLOTS) + tap * SLOTS)[:, None] + o_k[None, :]
         b_w = tl.load(w_ptr + o_w, mask=(o_c < C)[:, None] & m_k[None, :], other=0.0)
+        b_d = tf32_factor(b_d, PRECISION)
         b_dx = tl.dot(b_d, tl.trans(b_w), b_dx, input_precision=PRECISION)
     if mask_ptr is not None:
         b_dx *= tl.load(mask_ptr + o_p, mask=o_p < H * W, other=0.0)[:, None]

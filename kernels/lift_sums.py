@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import precision
+from .common import precision, tf32_factor
 from .lift_tile import (
     Factors,
     Plan,
@@ -132,7 +132,8 @@ def _lift_sums_kernel(
         else:
             mean += tl.sum(b_v, 1)
         if CORRELATE:
-            products = tl.dot(b_v.to(b_p.dtype), b_p, products, input_precision=PRECISION)
+            b_v = tf32_factor(b_v.to(b_p.dtype), PRECISION)
+            products = tl.dot(b_v, b_p, products, input_precision=PRECISION)
         tile, col, row = next_tile(tile, col, row, row_tiles, col_tiles)
     i_p = tl.program_id(0).to(tl.int64)
     height = tl.num_programs(1) * BLOCK_M
@@ -299,7 +300,10 @@ class Sums:
     def __init__(self, x: Tensor, s: Sizes, p: Plan, correlate: bool) -> None:
         self.s, self.p, self.correlate = s, p, correlate
         self.launch = launches.find("lift_sums", x, p.shape)
-        self.block_m = p.share(self.launch.pop("BLOCK_M"))
+        most = self.launch.pop("BLOCK_M")
+        self.block_m = p.share(most)
+        if self.block_m < most:  # half the rows, half the warps: see launches.too_few_rows
+            self.launch["num_warps"] = min(self.launch["num_warps"], 4)
         self.block_x = min(self.launch.pop("BLOCK_X"), max(16, power_of_2(s.w1)))
         self.row_tiles, self.col_tiles = cdiv(s.h1, p.ty), cdiv(s.w1, self.block_x)
         resident = self.launch.pop("RESIDENT")

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import precision, programs
+from .common import precision, programs, tf32_factor
 
 WORKSPACE = 192 * 2**20
 
@@ -169,6 +169,7 @@ def _copy_image(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Copy mask * x to [B, HP, WP, E], zeros around it, and mark what is not finite.
 
@@ -192,7 +193,7 @@ def _copy_image(
     b_bad = (tl.abs(b_x.to(tl.float32)) < float("inf")).to(tl.int32)
     tl.store(bad_ptr + program, 1 - tl.min(tl.min(b_bad, 1), 0))
     p_out = xp_ptr + (i_b * HP * WP + o_p)[:, None] * E + o_e[None, :]
-    tl.store(p_out, b_x, mask=(o_p < HP * WP)[:, None] & (o_e < E)[None, :])
+    tl.store(p_out, tf32_factor(b_x, PRECISION), mask=(o_p < HP * WP)[:, None] & (o_e < E)[None, :])
 
 
 @triton.jit
@@ -213,6 +214,7 @@ def _lay_bank_out(
     KP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Lay the bank out as the left factor of the product, in the dtype of the image.
 
@@ -236,7 +238,8 @@ def _lay_bank_out(
     b = tl.load(bank_ptr + ((o_ch * C + c) * KERNEL + i) * KERNEL + j, mask=m, other=0)
     if scale_ptr is not None:
         b *= tl.load(scale_ptr + o_ch // G, mask=m, other=0)
-    tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=o < total)
+    b = tf32_factor(b.to(out_ptr.dtype.element_ty), PRECISION)
+    tl.store(out_ptr + o, b, mask=o < total)
 
 
 @triton.jit
@@ -272,18 +275,19 @@ def _lift_prepare_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Make both factors of the product: the first ``images`` programs copy, the rest lay out."""
     program = tl.program_id(0)
     if program < images:
         _copy_image(
             program, x_ptr, mask_ptr, xp_ptr, bad_ptr, C, H, W, HP, WP, WU, padding, blocks,
-            stride_xb, stride_xc, stride_xh, stride_xw, E, BLOCK_E, BLOCK_P,
+            stride_xb, stride_xc, stride_xh, stride_xw, E, BLOCK_E, BLOCK_P, PRECISION,
         )  # fmt: skip
     else:
         _lay_bank_out(
             program - images, bank_ptr, None, out_ptr, C, FG, total, ROWS, TY, STRIDE, G, E,
-            KERNEL, KP, False, BLOCK,
+            KERNEL, KP, False, BLOCK, PRECISION,
         )  # fmt: skip
 
 
@@ -300,11 +304,12 @@ def _lift_bank_kernel(
     KERNEL: tl.constexpr,
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Lay the transposed bank out. One program owns BLOCK entries."""
     _lay_bank_out(
         tl.program_id(0), bank_ptr, scale_ptr, out_ptr, C, FG, total, 1, 1, 1, G, E, KERNEL, KP,
-        True, BLOCK,
+        True, BLOCK, PRECISION,
     )  # fmt: skip
 
 
@@ -333,7 +338,8 @@ def factors(x: Tensor, mask: Tensor | None, bank: Tensor, s: Sizes, p: Plan) -> 
         x, mask, image, bad, bank, left, images, s.channels, s.height, s.width, s.hp, s.wp,
         (s.w1 - 1) * s.stride + s.kernel, s.padding, blocks, *x.stride(), s.fields * s.order,
         left.numel(), ROWS=p.rows, TY=p.ty, STRIDE=s.stride, G=s.order, E=s.slots, KERNEL=s.kernel,
-        KP=p.padded, BLOCK_E=power_of_2(s.slots), BLOCK_P=s.block_p, **launch,
+        KP=p.padded, BLOCK_E=power_of_2(s.slots), BLOCK_P=s.block_p,
+        PRECISION=precision(convolution=True), **launch,
     )  # fmt: skip
     return Factors(image, bad, left, p)
 
@@ -346,7 +352,7 @@ def transposed_bank(
     launch = launches.find("lift_bank", out)
     _lift_bank_kernel[(cdiv(out.numel(), launch["BLOCK"]),)](
         bank, scale, out, s.channels, s.fields * s.order, out.numel(), G=s.order, E=slots,
-        KERNEL=s.kernel, KP=out.shape[1], **launch,
+        KERNEL=s.kernel, KP=out.shape[1], PRECISION=precision(convolution=True), **launch,
     )  # fmt: skip
     return out
 

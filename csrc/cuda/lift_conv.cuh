@@ -37,6 +37,16 @@ template <class T> using Cell = typename CellOf<T>::type;
 template <class T> constexpr int kValues = 4 / sizeof(T); // in a cell
 template <class T> constexpr int kGathered = sizeof(T) == 2 ? 1 : 2;
 
+// A cell of values. It is put together in a register: a memcpy to shared memory, whose alignment
+// the compiler may not see, stores bytes, and of those ptxas (12.8 and 13.0, sm_80 and sm_90) gets
+// one wrong. For the low byte of a value that was just converted to 16 bits it stores the value's
+// whole part (F2I.U8.F16).
+template <class T> __device__ inline Cell<T> cell_of(const Pack<T, kValues<T>>& values) {
+    Cell<T> cell;
+    memcpy(&cell, &values, sizeof cell);
+    return cell;
+}
+
 // The e-th column (of eight) whose operands this lane gathers.
 template <class T> __device__ inline int gathered(int e) {
     const int lane = threadIdx.x % kWarp;
@@ -139,11 +149,11 @@ template <class T> __device__ void stage_image(Cell<T>* image, const Conv& conv,
         const T* plane = x + static_cast<int64_t>(line / plan.height) * conv.H * conv.W;
         const int y = top + line % plan.height;
         for (int i = lane; i < plan.width; i += kWarp) {
-            Pack<T, kValues<T>> cell;
+            Pack<T, kValues<T>> values;
             for (int v = 0; v < kValues<T>; ++v) {
-                cell.value[v] = pixel(conv, plane, y, left + i + v);
+                values.value[v] = pixel(conv, plane, y, left + i + v);
             }
-            memcpy(image + line * plan.width + i, &cell, sizeof cell);
+            image[line * plan.width + i] = cell_of(values);
         }
     }
 }
@@ -165,13 +175,13 @@ template <class T> __device__ void stage_weights(const Shared<T>& s, const Conv&
                               : Term{0, 0};
         const float* tap = conv.bank + (first + c) * conv.channel + i * conv.line + j * conv.column;
         for (int r = task / cells; r < filters; r += strands) {
-            Pack<T, kValues<T>> cell;
+            Pack<T, kValues<T>> values;
             for (int v = 0; v < kValues<T>; ++v) {
                 const bool there = r < rows && k < used && j + v < conv.kw;
-                cell.value[v] =
+                values.value[v] =
                     from_float<T>(there ? tap[(first_row + r) * conv.row + v * conv.column] : 0.0f);
             }
-            memcpy(s.weights + r * plan.pitch + k, &cell, sizeof cell);
+            s.weights[r * plan.pitch + k] = cell_of(values);
         }
     }
 }

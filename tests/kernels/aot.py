@@ -60,7 +60,8 @@ class Launch(NamedTuple):
 class Report(NamedTuple):
     """What the assembler says: per thread registers and spilled bytes, per program shared bytes.
 
-    ``serialised`` is whether each asynchronous matrix product is waited for before the next begins.
+    ``serialised`` is whether each asynchronous matrix product is waited for before the next begins;
+    ``beyond`` whether one has more warps along its rows than its tile has rows for.
     """
 
     kernel: str
@@ -71,6 +72,7 @@ class Report(NamedTuple):
     shared: int
     matrix: str
     serialised: bool
+    beyond: bool
 
 
 def launches(call: Callable[[], object], capability: int = 90) -> list[Launch]:
@@ -143,6 +145,19 @@ def assemble(launch: Launch, capability: int) -> Report:
         compiled.metadata.shared,
         "+".join(matrix),
         "wgmma.mma_async instructions are serialized" in remarks,
+        _beyond(compiled.asm["ttgir"]),
+    )
+
+
+def _beyond(text: str) -> bool:
+    """Whether Hopper's matrix unit would read rows that a tile does not have."""
+    layouts = re.findall(
+        r"^(#mma\d*) = #ttg.nvidia_mma<\{versionMajor = 3.*?warpsPerCTA = \[(\d+)", text, re.M
+    )
+    return any(
+        1 < int(rows) < 16 * int(warps)
+        for name, warps in layouts
+        for rows in re.findall(rf"-> tensor<(\d+)x\d+x\w+, {name}>", text)
     )
 
 

@@ -139,7 +139,7 @@ def test_the_dropout_mask_is_the_one_of_all_backends() -> None:
 def test_a_running_maximum_and_none_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Attention(**CASES["model"])
     bounded = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
-    monkeypatch.setattr(conv_attention_attend.SAFE_EXPONENT, "value", 0.0)
+    monkeypatch.setattr(conv_attention_attend, "may_bound", lambda dtype: False)
     running = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
     assert not torch.equal(bounded[2], running[2])
     for a, b in zip(bounded, running, strict=True):
@@ -487,7 +487,10 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
         "_conv_attention_project_bwd_kernel",
     }
     for r in reports:
-        assert r["spilled"] == 0, r
+        # The fastest tile of 128 channels that Hopper's matrix unit can take spills a little.
+        widest = wide and r["capability"] == 90 and r["kernel"].endswith("attend_fwd_kernel")
+        assert r["spilled"] <= (32 if widest else 0), r
+        assert not r["beyond"], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         if "attend_" in r["kernel"]:
             assert r["matrix"] == {80: "HMMA", 90: "HGMMA"}[r["capability"]], r

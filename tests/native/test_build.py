@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import site
@@ -189,6 +190,32 @@ def test_no_function_of_an_instruction_set_can_be_taken_for_another() -> None:
         if " W " in line
     ]
     assert weak == []
+
+
+@BUILT
+def test_no_cuda_kernel_stores_a_converted_value_byte_by_byte() -> None:
+    """For the low byte of a value just made 16-bit, ptxas (12.8, 13.0) stores its whole part."""
+    triton = importlib.util.find_spec("triton")
+    tools = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else ""
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=tools)
+    if INFO["cuda"] is None or cuobjdump is None:
+        pytest.skip("there are no CUDA kernels, or there is no cuobjdump")
+    function, wrong = "", set()
+    with subprocess.Popen(
+        [cuobjdump, "--dump-sass", INFO["file"]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "Function : " in line:
+                function = line.split()[-1]
+            elif "F2I.U8.F16" in line:
+                wrong.add(function)
+    assert process.returncode == 0
+    assert function
+    assert wrong == set()
 
 
 @BUILT
