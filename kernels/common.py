@@ -100,29 +100,33 @@ def _sum_rows_kernel(
     end3,
     end4,
     rows,
+    each,
     columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Sum ``parts[rows, columns]`` over rows in fp32 and in one order, into up to six tensors.
 
-    One program owns BLOCK_COLUMNS columns and walks down them in tiles::
+    One program owns BLOCK_COLUMNS columns of ``each`` rows and walks down them in tiles::
 
-        columns ->  [ program 0 | program 1 | ... ]
-        rows    |   tile sums are added one after the other,
-                v   each tile by a tree
+        columns ->  [ program 0, 0 | program 1, 0 | ... ]   tile sums are added one after the
+        rows    |   [ program 0, 1 | program 1, 1 | ... ]   other, each tile by a tree
+                v
 
     4 bytes and one addition per part. Tensor i takes the columns before ``end<i>`` that the ones
-    before it leave.
+    before it leave; where several programs share a column, they write a row each of the first.
     """
     o_c = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     o_r = tl.arange(0, BLOCK_ROWS)
     total = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    for r in range(0, rows, BLOCK_ROWS):
+    start = tl.program_id(1) * each
+    end = tl.minimum(start + each, rows)
+    for r in range(start, end, BLOCK_ROWS):
         o_row = (r + o_r).to(tl.int64)
-        mask = (o_row < rows)[:, None] & (o_c < columns)[None, :]
+        mask = (o_row < end)[:, None] & (o_c < columns)[None, :]
         part = tl.load(parts_ptr + o_row[:, None] * columns + o_c[None, :], mask=mask, other=0.0)
         total += tl.sum(part, 0)
+    sum0_ptr += tl.program_id(1).to(tl.int64) * columns
     _store_columns(sum0_ptr, total, o_c, 0, end0)
     _store_columns(sum1_ptr, total, o_c, end0, end1)
     _store_columns(sum2_ptr, total, o_c, end1, end2)
@@ -132,18 +136,32 @@ def _sum_rows_kernel(
 
 
 def sum_rows(parts: Tensor, sums: Sequence[Tensor]) -> None:
-    """Sum ``parts[rows, columns]`` over rows into up to six contiguous tensors, side by side."""
+    """Sum ``parts[rows, columns]`` over rows into up to six contiguous tensors, side by side.
+
+    Many rows are summed tile by tile first: few columns alone would keep few programs at work.
+    """
+    rows, columns = parts.shape
+    launch = launches.find("sum_rows", parts, "few" if columns < 2048 else "many")
+    block = launch["BLOCK_ROWS"]
+    while rows > 2 * block:
+        tiles = parts.new_empty(triton.cdiv(rows, block), columns)
+        _sum_rows(parts, [tiles], block, launch)
+        parts, rows = tiles, tiles.shape[0]
+    _sum_rows(parts, sums, rows, launch)
+
+
+def _sum_rows(parts: Tensor, sums: Sequence[Tensor], each: int, launch: launches.Launch) -> None:
+    """Sum ``each`` rows at a time."""
     rows, columns = parts.shape
     absent = SUMS - len(sums)
-    ends = [*accumulate(t.numel() for t in sums), *[columns] * absent]
-    # Narrow columns keep many programs at work where there are few of them.
-    launch = launches.find("sum_rows", parts, "few" if columns < 2048 else "many")
-    _sum_rows_kernel[(triton.cdiv(columns, launch["BLOCK_COLUMNS"]),)](
+    ends = [*accumulate(t.shape[-1] if each < rows else t.numel() for t in sums)]
+    _sum_rows_kernel[(triton.cdiv(columns, launch["BLOCK_COLUMNS"]), triton.cdiv(rows, each))](
         parts,
         *sums,
         *[sums[0]] * absent,
-        *ends[:-1],
+        *[*ends, *[columns] * absent][:-1],
         rows,
+        each,
         columns,
         **launch,
     )

@@ -16,7 +16,8 @@ from .conv_attention_project_backward import project_backward
 
 __all__ = ["attend", "attend_backward", "project", "project_backward", "supports"]
 
-LARGEST_KERNEL = 7
+# Larger windows are unrolled all the same, and take the compiler minutes.
+KERNEL = 3
 LARGEST_WIDTH = 128
 LARGEST_TILE = 128
 
@@ -28,8 +29,8 @@ def supports(x: Tensor, filters: Tensor, *, heads: int, kv_stride: int) -> str |
     width, size = x.shape[1], filters.shape[-1]
     if not 16 <= width <= LARGEST_WIDTH:
         return f"takes 16 to {LARGEST_WIDTH} channels, not {width}"
-    if size % 2 == 0 or not 3 <= size <= LARGEST_KERNEL:
-        return f"takes odd filters of 3 to {LARGEST_KERNEL} pixels, not {size}"
+    if size != KERNEL:
+        return f"takes depthwise filters of {KERNEL} pixels, not {size}"
     # Offsets inside an image, its tokens in whole tiles, are 32-bit numbers.
     if heads * width * (x.shape[2] * x.shape[3] + LARGEST_TILE) >= 2**31:
         return f"takes fewer than 2 ** 31 values per image, not {list(x.shape[1:])} x {heads} heads"

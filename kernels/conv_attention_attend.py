@@ -29,10 +29,15 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 SAFE_EXPONENT = tl.constexpr(60.0)
 
 
-def tail(tokens: int, block: int) -> int:
-    """Return the smallest tile that holds what whole tiles of ``block`` leave over; 0 if none."""
+def tail(tokens: int, block: int, dtype: torch.dtype) -> int:
+    """Return the smallest tile that holds what whole tiles of ``block`` leave over; 0 if none.
+
+    32 keys at least in fp32. Of a tile of 16, Hopper's TF32 values lie in shared memory in another
+    pattern than all other factors, and the assembler read the address of one from a register that
+    nothing had written.
+    """
     rest = tokens % block
-    return max(16, triton.next_power_of_2(rest)) if rest else 0
+    return max(8 * dtype.itemsize, triton.next_power_of_2(rest)) if rest else 0
 
 
 @triton.jit
@@ -170,6 +175,42 @@ def _attend_keys(
 
 
 @triton.jit
+def _attend_pair(
+    acc,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    first,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+    SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add two whole tiles of keys to the running sums, without a running maximum.
+
+    One tile's products run while the other's exponentials do. Their probabilities are summed
+    together, which halves the exchange between threads.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < D)[None, :]
+    offsets = (first + tl.arange(0, HALF))[:, None] * D + o_d[None, :]
+    offsets1 = offsets + HALF * D
+    k = tl.load(k_ptr + offsets, mask=m_d, other=0.0)  # [HALF, BLOCK_D]
+    k1 = tl.load(k_ptr + offsets1, mask=m_d, other=0.0)
+    v = k if SHARED else tl.load(v_ptr + offsets, mask=m_d, other=0.0)
+    v1 = k1 if SHARED else tl.load(v_ptr + offsets1, mask=m_d, other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, HALF]
+    s1 = tl.dot(q, tl.trans(k1), input_precision=PRECISION)
+    p = tl.exp2(s)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    p1 = tl.exp2(s1)
+    acc = tl.dot(p1.to(v.dtype), v1, acc, input_precision=PRECISION)
+    return acc, total + tl.sum(p + p1, 1)
+
+
+@triton.jit
 def _attend_row(
     q,
     k_ptr,
@@ -185,33 +226,45 @@ def _attend_row(
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Walk over all keys of an image; return the attended values and the log-sum-exp."""
+    """Walk over all keys of an image; return the attended values and the log-sum-exp.
+
+    BLOCK_M keys at a time; by halves where they make tiles of 32 or more, of up to 64 channels:
+    wider ones have no registers for a pair.
+    """
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     # Not -inf: a row of -inf only must not subtract it from itself, later tiles may hold numbers.
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
     whole = M // BLOCK_M * BLOCK_M
+    PAIRS: tl.constexpr = BLOCK_M >= 64 and BLOCK_D <= 64
+    STEP: tl.constexpr = BLOCK_M // 2 if PAIRS else BLOCK_M
     if WHOLE:
         # A loop that may be left out has the assembler wait for each product before the next.
         tl.assume(whole > 0)
-        for first in tl.range(0, whole, BLOCK_M):
-            acc, total, top = _attend_keys(
-                acc,
-                total,
-                top,
-                q,
-                k_ptr,
-                v_ptr,
-                first,
-                M,
-                D,
-                BLOCK_D,
-                BLOCK_M,
-                SHARED,
-                False,
-                BOUNDED,
-                PRECISION,
-            )
+        if BOUNDED and PAIRS:
+            for first in tl.range(0, whole, BLOCK_M):
+                acc, total = _attend_pair(
+                    acc, total, q, k_ptr, v_ptr, first, D, BLOCK_D, STEP, SHARED, PRECISION
+                )
+        else:
+            for first in tl.range(0, whole, STEP):
+                acc, total, top = _attend_keys(
+                    acc,
+                    total,
+                    top,
+                    q,
+                    k_ptr,
+                    v_ptr,
+                    first,
+                    M,
+                    D,
+                    BLOCK_D,
+                    STEP,
+                    SHARED,
+                    False,
+                    BOUNDED,
+                    PRECISION,
+                )
     if TAIL_M > 0:
         acc, total, top = _attend_keys(
             acc,
@@ -474,7 +527,7 @@ def attend(
         heads,
         D=width,
         BLOCK_D=block,
-        TAIL_M=tail(keys, launch["BLOCK_M"]),
+        TAIL_M=tail(keys, launch["BLOCK_M"], a.dtype),
         WHOLE=keys >= launch["BLOCK_M"],
         REACHES=reach.shape[1],
         BLOCK_REACHES=triton.next_power_of_2(reach.shape[1]),

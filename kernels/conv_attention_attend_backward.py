@@ -44,6 +44,7 @@ def _query_gradient(
     do,
     lse2,
     delta,
+    total,
     k_ptr,
     v_ptr,
     first,
@@ -54,13 +55,14 @@ def _query_gradient(
     SHARED: tl.constexpr,
     MASKED: tl.constexpr,
     ALONE: tl.constexpr,
+    SUMMED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what one tile of keys gives to the gradient of one tile of queries.
 
     A tile that is ALONE has all keys and makes ``delta`` itself: of few keys each has a large
-    probability, and the rounding of the saved ``o`` would be seen. Per score: three products of D,
-    one exponential and four operations.
+    probability, and the rounding of the saved ``o`` would be seen. SUMMED: ``total`` grows by the
+    probabilities. Per score: three products of D, one exponential and four operations.
     """
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -74,12 +76,53 @@ def _query_gradient(
     if MASKED:
         p = tl.where((o_m < M)[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if SUMMED:
+        total += tl.sum(p, 1)
     if ALONE:
-        total = tl.sum(p, 1)
         p /= tl.where(total > 0, total, 1.0)[:, None]  # none in rows beyond the last
         delta = tl.sum(p * dp, 1)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), delta
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), delta, total
+
+
+@triton.jit
+def _query_gradient_of_pair(
+    dq,
+    dq1,
+    q,
+    do,
+    lse2,
+    delta,
+    k_ptr,
+    v_ptr,
+    first,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+    SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what two tiles of keys give, each to a sum of its own.
+
+    One tile's products run while the other's exponentials do: a product is waited for with all that
+    began before it, so they begin before what does not need them.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < D)[None, :]
+    offsets = (first + tl.arange(0, HALF))[:, None] * D + o_d[None, :]
+    offsets1 = offsets + HALF * D
+    k = tl.load(k_ptr + offsets, mask=m_d, other=0.0)  # [HALF, BLOCK_D]
+    k1 = tl.load(k_ptr + offsets1, mask=m_d, other=0.0)
+    v = k if SHARED else tl.load(v_ptr + offsets, mask=m_d, other=0.0)
+    v1 = k1 if SHARED else tl.load(v_ptr + offsets1, mask=m_d, other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, HALF]
+    s1 = tl.dot(q, tl.trans(k1), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = tl.exp2(s - lse2[:, None]) * (dp - delta[:, None])
+    dp1 = tl.dot(do, tl.trans(v1), input_precision=PRECISION)
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    ds1 = tl.exp2(s1 - lse2[:, None]) * (dp1 - delta[:, None])
+    return dq, tl.dot(ds1.to(k.dtype), k1, dq1, input_precision=PRECISION)
 
 
 @triton.jit
@@ -159,7 +202,12 @@ def _conv_attention_attend_bwd_queries_kernel(
         t = (t.to(tl.float32) * keep).to(dtype)
     wo = head_weight(wo_ptr, i_h, D, BLOCK_D).to(dtype)
     do = tl.dot(t, tl.trans(wo), input_precision=PRECISION).to(dtype)
-    tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
+    # The log-sum-exp is rounded, and probabilities add up to one but for that. In fp32 it is seen,
+    # so they are added up once more, and what the next kernel multiplies them with is divided.
+    EXACT: tl.constexpr = dtype == tl.float32
+    if not EXACT:
+        tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
+    total = tl.zeros([BLOCK_N], tl.float32)
     delta = tl.zeros([BLOCK_N], tl.float32)
     if WHOLE:
         o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
@@ -173,34 +221,59 @@ def _conv_attention_attend_bwd_queries_kernel(
     v_ptr += i_b * M * D
     dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     whole = M // BLOCK_M * BLOCK_M
+    PAIRS: tl.constexpr = BLOCK_M >= 64 and BLOCK_D <= 64 and not EXACT
     if WHOLE:
+        dq1 = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         tl.assume(whole > 0)
         for first in tl.range(0, whole, BLOCK_M):
-            dq, delta = _query_gradient(
-                dq,
-                q,
-                do,
-                lse2,
-                delta,
-                k_ptr,
-                v_ptr,
-                first,
-                M,
-                D,
-                BLOCK_D,
-                BLOCK_M,
-                SHARED,
-                False,
-                False,
-                PRECISION,
-            )
+            if PAIRS:
+                dq, dq1 = _query_gradient_of_pair(
+                    dq,
+                    dq1,
+                    q,
+                    do,
+                    lse2,
+                    delta,
+                    k_ptr,
+                    v_ptr,
+                    first,
+                    D,
+                    BLOCK_D,
+                    BLOCK_M // 2,
+                    SHARED,
+                    PRECISION,
+                )
+            else:
+                dq, delta, total = _query_gradient(
+                    dq,
+                    q,
+                    do,
+                    lse2,
+                    delta,
+                    total,
+                    k_ptr,
+                    v_ptr,
+                    first,
+                    M,
+                    D,
+                    BLOCK_D,
+                    BLOCK_M,
+                    SHARED,
+                    False,
+                    False,
+                    EXACT,
+                    PRECISION,
+                )
+        if PAIRS:
+            dq += dq1
     if TAIL_M > 0:
-        dq, delta = _query_gradient(
+        dq, delta, total = _query_gradient(
             dq,
             q,
             do,
             lse2,
             delta,
+            total,
             k_ptr,
             v_ptr,
             whole,
@@ -211,10 +284,41 @@ def _conv_attention_attend_bwd_queries_kernel(
             SHARED,
             True,
             not WHOLE,
+            EXACT or not WHOLE,
             PRECISION,
         )
+    if EXACT:
+        share = 1.0 / tl.where(total > 0, total, 1.0)
+        if WHOLE:
+            dq *= share[:, None]
+        delta *= share
+        tl.store(do_ptr + rows * D + offsets, do * share[:, None], mask=m_d[None, :])
     tl.store(delta_ptr + rows + o_n, delta * LN2)
     tl.store(dq_ptr + i_b * N * HEADS * D + head_offsets, dq.to(dtype), mask=mask)
+
+
+@triton.jit
+def _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr):
+    """Add what one tile of queries gives to the gradients of one tile of keys and of values."""
+    if ONE_SUM:
+        dk = tl.dot(p.to(do.dtype), do, dk, input_precision=PRECISION)
+    else:
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit
+def _store_key_gradient(
+    dk, raw_ptr, offsets, mask, scale_ptr, out_ptr, part_ptr, o_d, D: tl.constexpr
+):
+    """Write the gradient of raw keys or values, and its sums for their scale and shift."""
+    m_d = o_d < D
+    scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0)
+    tl.store(out_ptr + offsets, (dk * scale[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+    dk = tl.where(mask, dk, 0.0)
+    raw = tl.load(raw_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(part_ptr + o_d, tl.sum(dk * raw, 0), mask=m_d)
+    tl.store(part_ptr + D + o_d, tl.sum(dk, 0), mask=m_d)
 
 
 @triton.jit
@@ -237,6 +341,7 @@ def _conv_attention_attend_bwd_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PAIR: tl.constexpr,
     SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -249,61 +354,80 @@ def _conv_attention_attend_bwd_keys_kernel(
         keys      scores^T -> exp2 -> dv += p^T do
         BLOCK_M                       dk += ds^T q       (one sum of both if values are the keys)
 
-    Scores are transposed, so that both gradients take their left factor from registers. Per score:
-    8 D operations on the tensor cores and one exponential; 0.44 ms and 0.38 ms for 1.37e9 scores at
-    D = 32 (batch 128, H100). Bytes from L2: 4 D + 8 per query and tile of keys. Accumulates in
-    fp32, queries in order. ``parts`` is ``[programs, 2 or 4, D]``: dscale and dshift of keys, then
-    of values.
+    Scores are transposed, so that both gradients take their left factor from registers. Of a PAIR,
+    the halves of the keys, one half's products run while the other's exponentials do: asynchronous
+    products are waited for all at once, so they begin before what does not need them. Values' sums
+    are then apart from keys', a product that adds to another's sum would wait for it.
+
+    Per score: 8 D operations on the tensor cores and one exponential; 0.44 ms and 0.38 ms for
+    1.37e9 scores at D = 32 (batch 128, H100). Bytes from L2: 4 D + 8 per query and tile of keys.
+    Accumulates in fp32, queries in order. ``parts`` is ``[programs and halves, 2 or 4, D]``: dscale
+    and dshift of keys, then of values.
     """
+    HALVES: tl.constexpr = 2 if PAIR else 1
+    HALF: tl.constexpr = BLOCK_M // HALVES
+    ONE_SUM: tl.constexpr = SHARED and not PAIR
     blocks = tl.cdiv(M, BLOCK_M)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
-    o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, HALF)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    mask = (o_m < M)[:, None] & m_d[None, :]
+    m_d = (o_d < D)[None, :]
+    mask = (o_m < M)[:, None] & m_d
     offsets = i_b * M * D + o_m[:, None] * D + o_d[None, :]
-    dtype = db_ptr.dtype.element_ty
-    k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [HALF, BLOCK_D]
     v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
+    mask1 = (o_m + HALF < M)[:, None] & m_d
+    offsets1 = offsets + HALF * D
+    if PAIR:
+        k1 = tl.load(k_ptr + offsets1, mask=mask1, other=0.0)
+        v1 = k1 if SHARED else tl.load(v_ptr + offsets1, mask=mask1, other=0.0)
     o_q = o_n[:, None] * D + o_d[None, :]
     q_ptr += i_b * ROWS * D
     do_ptr += i_b * ROWS * D
     lse2_ptr += i_b * ROWS
     delta_ptr += i_b * ROWS
 
-    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dk = tl.zeros([HALF, BLOCK_D], tl.float32)
+    dv = tl.zeros([HALF, BLOCK_D], tl.float32)
+    dk1 = tl.zeros([HALF, BLOCK_D], tl.float32)
+    dv1 = tl.zeros([HALF, BLOCK_D], tl.float32)
     tl.assume(ROWS > 0)
     for row in tl.range(0, ROWS, BLOCK_N):
-        q = tl.load(q_ptr + row * D + o_q, mask=m_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-        do = tl.load(do_ptr + row * D + o_q, mask=m_d[None, :], other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        # What belongs to a query is in as many registers as a quarter of its tile: one at a time.
-        p = tl.exp2(s - tl.load(lse2_ptr + row + o_n)[None, :])
+        q = tl.load(q_ptr + row * D + o_q, mask=m_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+        do = tl.load(do_ptr + row * D + o_q, mask=m_d, other=0.0)
+        lse2 = tl.load(lse2_ptr + row + o_n)[None, :]
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) - lse2  # [HALF, BLOCK_N]
+        if PAIR:
+            s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp * LN2 - tl.load(delta_ptr + row + o_n)[None, :])
-        if SHARED:
-            dk = tl.dot(p.to(dtype), do, dk, input_precision=PRECISION)
-        else:
-            dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
+        p = tl.exp2(s)
+        delta = tl.load(delta_ptr + row + o_n)[None, :]
+        ds = p * (dp * LN2 - delta)
+        dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM, PRECISION)
+        if PAIR:
+            dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
+            p1 = tl.exp2(s1 - lse2)
+            ds1 = p1 * (dp1 * LN2 - delta)
+            dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ONE_SUM, PRECISION)
 
-    scale = tl.load(scale_ptr + D + o_d, mask=m_d, other=0.0)
-    tl.store(db_ptr + offsets, (dk * scale[None, :]).to(dtype), mask=mask)
+    if SHARED and PAIR:
+        dk += dv
+        dk1 += dv1
     PARTS: tl.constexpr = 2 if SHARED else 4
-    parts_ptr += tl.program_id(0).to(tl.int64) * PARTS * D + o_d
-    dk = tl.where(mask, dk, 0.0)
-    b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(parts_ptr, tl.sum(dk * b, 0), mask=m_d)
-    tl.store(parts_ptr + D, tl.sum(dk, 0), mask=m_d)
+    parts_ptr += tl.program_id(0).to(tl.int64) * HALVES * PARTS * D
+    parts1_ptr = parts_ptr + PARTS * D
+    scale_ptr += D
+    _store_key_gradient(dk, b_ptr, offsets, mask, scale_ptr, db_ptr, parts_ptr, o_d, D)
+    if PAIR:
+        _store_key_gradient(dk1, b_ptr, offsets1, mask1, scale_ptr, db_ptr, parts1_ptr, o_d, D)
     if not SHARED:
-        vscale = tl.load(scale_ptr + 2 * D + o_d, mask=m_d, other=0.0)
-        tl.store(dc_ptr + offsets, (dv * vscale[None, :]).to(dtype), mask=mask)
-        dv = tl.where(mask, dv, 0.0)
-        c = tl.load(c_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(parts_ptr + 2 * D, tl.sum(dv * c, 0), mask=m_d)
-        tl.store(parts_ptr + 3 * D, tl.sum(dv, 0), mask=m_d)
+        scale_ptr += D
+        parts_ptr += 2 * D
+        parts1_ptr += 2 * D
+        _store_key_gradient(dv, c_ptr, offsets, mask, scale_ptr, dc_ptr, parts_ptr, o_d, D)
+        if PAIR:
+            _store_key_gradient(dv1, c_ptr, offsets1, mask1, scale_ptr, dc_ptr, parts1_ptr, o_d, D)
 
 
 def attend_backward(
@@ -388,14 +512,16 @@ def attend_backward(
         rows,
         keys,
         heads,
-        TAIL_M=tail(keys, own["BLOCK_M"]),
+        TAIL_M=tail(keys, own["BLOCK_M"], a.dtype),
         WHOLE=keys >= own["BLOCK_M"],
         HAS_DROPOUT=dropout > 0,
         **common,
         **own,
     )
     count = batch * triton.cdiv(keys, following["BLOCK_M"])
-    key_parts = wq.new_empty(count, (2 if shared else 4) * width)
+    # Hopper's matrix unit needs 16 rows for each warp.
+    pair = following["BLOCK_M"] >= 32 * following["num_warps"]
+    key_parts = wq.new_empty(count * (1 + pair), (2 if shared else 4) * width)
     _conv_attention_attend_bwd_keys_kernel[(count,)](
         b,
         c,
@@ -411,6 +537,7 @@ def attend_backward(
         key_parts,
         heads * rows,
         keys,
+        PAIR=pair,
         **common,
         **following,
     )

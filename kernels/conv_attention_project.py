@@ -10,6 +10,8 @@ rounded tokens, which is what the attention normalises; the gradient takes them 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,65 +21,96 @@ from . import launches
 from .common import padded
 from .layer_norm import normalise
 
+# Windows of larger cells are more than a program could keep, or compile.
+LARGEST_CELL = 4
+
 
 @triton.jit
-def _project_tile(
-    x_ptr,
-    filters_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    out_ptr,
-    parts_ptr,
-    tile,
-    tokens,
+def load_filters(filters_ptr, o_d, m_d, TAPS: tl.constexpr):
+    """Load the filters of all channels: a tuple of float32 [1, D], one for each tap."""
+    filters = ()
+    for tap in tl.static_range(TAPS):
+        tapped = tl.load(filters_ptr + o_d * TAPS + tap, mask=m_d, other=0.0)
+        filters = filters + (tapped[None, :],)  # noqa: RUF005
+    return filters
+
+
+@triton.jit
+def within(row, column, H, W):
+    """Whether places in one row are inside an image: one unsigned comparison for each."""
+    end = tl.where((row >= 0) & (row < H), W, 0)
+    return column.to(tl.uint32) < end.to(tl.uint32)
+
+
+@triton.jit
+def _load_row(
+    p_x,
+    row,
+    left,
+    m_d,
+    norm_weight,
+    norm_bias,
     H,
     W,
-    OW,
-    stride_xd,
     stride_xh,
     stride_xw,
     eps,
-    STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     NORM: tl.constexpr,
-    MOMENTS: tl.constexpr,
 ):
-    """Convolve one tile of tokens of one image; write it, its mean and its squared deviations."""
-    o_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    mask = (o_t < tokens)[:, None] & m_d[None, :]
-    row = o_t // OW * STRIDE - SIZE // 2
-    column = o_t % OW * STRIDE - SIZE // 2
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    if NORM:
-        norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
-        norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
-    for i in range(SIZE):
-        for j in tl.static_range(SIZE):
-            inside = (row + i >= 0) & (row + i < H) & (column + j >= 0) & (column + j < W)
-            inside = mask & inside[:, None]
-            place = (row + i) * stride_xh + (column + j) * stride_xw
-            weight = tl.load(filters_ptr + (o_d * SIZE + i) * SIZE + j, mask=m_d, other=0.0)
-            x = tl.load(
-                x_ptr + place[:, None] + o_d[None, :] * stride_xd, mask=inside, other=0.0
-            ).to(tl.float32)
-            if NORM:
-                unit, _rstd = normalise(x, m_d, eps, D)
-                x = tl.where(inside, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
-            acc += x * weight[None, :]
-    stored = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + o_t[:, None] * D + o_d[None, :], stored, mask=mask)
+    """Load one row of the lanes' windows, and normalise it: a tuple of float32 [BLOCK_T, D]."""
+    pixels = ()
+    for j in tl.static_range(WIDE):
+        mask = within(row, left + j, H, W)[:, None] & m_d[None, :]
+        x = tl.load(p_x + (row * stride_xh + j * stride_xw), mask=mask, other=0.0).to(tl.float32)
+        if NORM:
+            unit, _rstd = normalise(x, m_d, eps, D)
+            x = tl.where(mask, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
+        pixels = pixels + (x,)  # noqa: RUF005
+    return pixels
+
+
+@triton.jit
+def _convolve(
+    window, filters, y: tl.constexpr, x: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr
+):
+    """Return the token whose first tap is pixel (y, x) of the window."""
+    acc = window[y * WIDE + x] * filters[0]
+    for tap in tl.static_range(1, SIZE * SIZE):
+        acc += window[(y + tap // SIZE) * WIDE + x + tap % SIZE] * filters[tap]
+    return acc
+
+
+@triton.jit
+def _store_token(t_ptr, offsets, acc, mask, moments, is_first, MOMENTS: tl.constexpr):
+    """Store tokens; add them to each lane's sum, and to its squares about the lane's first one."""
+    stored = acc.to(t_ptr.dtype.element_ty)
+    tl.store(t_ptr + offsets, stored, mask=mask)
     if MOMENTS:
-        count = tl.minimum(tokens - tile * BLOCK_T, BLOCK_T)
+        shift, total, lost, squares = moments
         wide = tl.where(mask, stored.to(tl.float32), 0.0)
-        mean = tl.sum(wide, 0) / count
-        centred = tl.where(mask, wide - mean[None, :], 0.0)
-        tl.store(parts_ptr + o_d, mean, mask=m_d)
-        tl.store(parts_ptr + D + o_d, tl.sum(centred * centred, 0), mask=m_d)
+        shift = tl.where(is_first, wide, shift)
+        beyond = tl.where(mask, wide - shift, 0.0)
+        squares += beyond * beyond
+        # A sum of long numbers loses digits, which the next one gives back.
+        if t_ptr.dtype.element_ty == tl.float32:
+            wide -= lost
+            lost = (total + wide - total) - wide
+        total += wide
+        moments = shift, total, lost, squares
+    return moments
+
+
+@triton.jit
+def _store_moments(part_ptr, moments, count, o_d, m_d, D: tl.constexpr):
+    """Write the sums of the lanes' ``count`` tokens each, and of their squares, in float64."""
+    shift, total, lost, squares = moments
+    shift = shift.to(tl.float64)
+    total = total.to(tl.float64) - lost.to(tl.float64)
+    squares = squares.to(tl.float64) + shift * (2 * total - count.to(tl.float64)[:, None] * shift)
+    tl.store(part_ptr + o_d, tl.sum(total, 0), mask=m_d)
+    tl.store(part_ptr + D + o_d, tl.sum(squares, 0), mask=m_d)
 
 
 @triton.jit
@@ -92,9 +125,10 @@ def _conv_attention_project_fwd_kernel(
     b_ptr,
     c_ptr,
     parts_ptr,
-    q_tiles,
-    k_tiles,
-    tiles,
+    lanes,
+    rows,
+    columns,
+    per_program,
     H,
     W,
     OH,
@@ -104,105 +138,124 @@ def _conv_attention_project_fwd_kernel(
     stride_xh,
     stride_xw,
     eps,
-    STRIDE: tl.constexpr,
+    APART: tl.constexpr,
+    CELL: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    HAS_V: tl.constexpr,
     NORM: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
-    """Convolve BLOCK_T tokens of one projection of one image, all channels.
+    """Walk down columns of cells of CELL ** 2 pixels, and convolve what belongs to each.
 
-    An image's ``tiles`` follow one another, queries' first, so that keys find it in L2::
+    One program owns BLOCK_T lanes, which are columns of cells of any images, and ``per_program``
+    cells of each. A cell has CELL ** 2 queries, and one key if it is an ``APART``-th one::
 
-        image 0: [ a tile ][ a tile ] ... [ b tile ] ... [ c tile ] ...   image 1: ...
+        window of a cell, CELL = 2, SIZE = 3        . . . .   the last step's, kept in registers
+        (the next lane's begins at its third        . Q q .   (Q: queries that see what a key does)
+        column)                                     . q q .   CELL new rows: loaded, normalised
+                                                    . . . .
 
-    Each program owns one. 2 D numbers per query and D per key cross the device's memory: 0.023 ms
-    at batch 128 and D = 32; SIZE ** 2 multiplications a number. A layer norm is made anew for each
-    tap, so that what it gives is never written. Accumulates in fp32, taps in order.
-    ``parts`` ``[programs, 2, D]`` gets each tile's mean and sum of squared deviations from it.
+    So a pixel is read and normalised (CELL + SIZE - 1) / CELL times, 2 in the model, and not once
+    for each tap; filters stay in registers. 2 D numbers per query and D per key cross the device's
+    memory: 0.023 ms at batch 128 and D = 32. Accumulates in fp32, taps in order.
+    ``parts`` ``[programs, 2 or 3, 2, D]`` gets the sums of tokens and of their squares in float64.
     """
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    x_ptr += i_b * stride_xb
-    parts_ptr += tl.program_id(0).to(tl.int64) * 2 * D
-    keys = OH * OW
-    if tile < q_tiles:
-        _project_tile(
-            x_ptr,
-            q_ptr,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            a_ptr + i_b * H * W * D,
-            parts_ptr,
-            tile,
-            H * W,
+    TAPS: tl.constexpr = SIZE * SIZE
+    HALO: tl.constexpr = SIZE // 2
+    WIDE: tl.constexpr = CELL + SIZE - 1
+    lane = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = lane < lanes
+    i_b = (lane // columns).to(tl.int64)
+    cell = lane % columns
+    first = tl.program_id(1) * per_program
+    end = tl.minimum(first + per_program, rows)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    # Lanes that are none see nothing: their windows are beyond the image.
+    left = tl.where(there, cell * CELL - HALO, W)
+    p_x = x_ptr + (i_b * stride_xb + left * stride_xw)[:, None] + o_d[None, :] * stride_xd
+    o_q = (i_b * H * W + cell * CELL)[:, None] * D + o_d[None, :]
+    o_k = (i_b * OH * OW + cell // APART)[:, None] * D + o_d[None, :]
+    q = load_filters(q_ptr, o_d, m_d, TAPS)
+    k = load_filters(k_ptr, o_d, m_d, TAPS)
+    v = load_filters(v_ptr, o_d, m_d, TAPS if HAS_V else 0)
+    norm_weight = m_d
+    norm_bias = m_d
+    if NORM:
+        norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
+        norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
+    q_moments = (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),) * (4 if MOMENTS else 0)
+    k_moments = q_moments
+    v_moments = q_moments
+    window = ()
+    for i in tl.static_range(SIZE - 1):
+        window = window + _load_row(
+            p_x,
+            first * CELL - HALO + i,
+            left,
+            m_d,
+            norm_weight,
+            norm_bias,
             H,
             W,
-            W,
-            stride_xd,
             stride_xh,
             stride_xw,
             eps,
-            1,
-            SIZE,
+            WIDE,
             D,
-            BLOCK_D,
-            BLOCK_T,
             NORM,
-            MOMENTS,
         )
-    elif tile < q_tiles + k_tiles:
-        _project_tile(
-            x_ptr,
-            k_ptr,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            b_ptr + i_b * keys * D,
-            parts_ptr,
-            tile - q_tiles,
-            keys,
-            H,
-            W,
-            OW,
-            stride_xd,
-            stride_xh,
-            stride_xw,
-            eps,
-            STRIDE,
-            SIZE,
-            D,
-            BLOCK_D,
-            BLOCK_T,
-            NORM,
-            MOMENTS,
-        )
-    else:
-        _project_tile(
-            x_ptr,
-            v_ptr,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            c_ptr + i_b * keys * D,
-            parts_ptr,
-            tile - q_tiles - k_tiles,
-            keys,
-            H,
-            W,
-            OW,
-            stride_xd,
-            stride_xh,
-            stride_xw,
-            eps,
-            STRIDE,
-            SIZE,
-            D,
-            BLOCK_D,
-            BLOCK_T,
-            NORM,
-            MOMENTS,
-        )
+    first_key = (first + APART - 1) // APART * APART
+    for i_r in tl.range(first, end):
+        for y in tl.static_range(CELL):
+            window = window + _load_row(
+                p_x,
+                i_r * CELL + HALO + y,
+                left,
+                m_d,
+                norm_weight,
+                norm_bias,
+                H,
+                W,
+                stride_xh,
+                stride_xw,
+                eps,
+                WIDE,
+                D,
+                NORM,
+            )
+        for y in tl.static_range(CELL):
+            for x in tl.static_range(CELL):
+                row = i_r * CELL + y
+                mask = within(row, left + HALO + x, H, W)[:, None] & m_d[None, :]
+                acc = _convolve(window, q, y, x, SIZE, WIDE)
+                is_first = (i_r == first) & (y + x == 0)
+                q_moments = _store_token(
+                    a_ptr, o_q + (row * W + x) * D, acc, mask, q_moments, is_first, MOMENTS
+                )
+        mask = (there & (i_r % APART == 0) & (cell % APART == 0))[:, None] & m_d[None, :]
+        offsets = o_k + i_r // APART * OW * D
+        is_first = i_r == first_key
+        acc = _convolve(window, k, 0, 0, SIZE, WIDE)
+        k_moments = _store_token(b_ptr, offsets, acc, mask, k_moments, is_first, MOMENTS)
+        if HAS_V:
+            acc = _convolve(window, v, 0, 0, SIZE, WIDE)
+            v_moments = _store_token(c_ptr, offsets, acc, mask, v_moments, is_first, MOMENTS)
+        window = window[CELL * WIDE :]
+    if MOMENTS:
+        program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        parts_ptr += program * (3 if HAS_V else 2) * 2 * D
+        queries = (tl.minimum(end * CELL, H) - first * CELL) * tl.minimum(W - cell * CELL, CELL)
+        keys = (end + APART - 1) // APART - (first + APART - 1) // APART
+        queries = tl.where(there, queries, 0)
+        keys = tl.where(there & (cell % APART == 0), keys, 0)
+        _store_moments(parts_ptr, q_moments, queries, o_d, m_d, D)
+        _store_moments(parts_ptr + 2 * D, k_moments, keys, o_d, m_d, D)
+        if HAS_V:
+            _store_moments(parts_ptr + 4 * D, v_moments, keys, o_d, m_d, D)
 
 
 @triton.jit
@@ -210,49 +263,61 @@ def _conv_attention_moments_kernel(
     parts_ptr,
     mean_ptr,
     variance_ptr,
-    batch,
-    q_tiles,
-    k_tiles,
-    tiles,
+    rows,
     queries,
     keys,
     D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Combine the means and squared deviations of all tiles of a projection.
+    """Turn the sums that the programs left of a projection into its mean and its variance.
 
-    One program owns BLOCK_C channels of one projection and walks over its tiles in all images:
-    with n, m and s of a tile, the batch's mean is sum(n m) / n and its variance
-    (sum(s) + sum(n m^2)) / n - mean^2. These sums are in float64, where they lose nothing.
+    One program owns BLOCK_C channels of one projection and walks over its ``rows`` parts. All is in
+    float64, where the mean's square may be subtracted from that of the tokens.
     """
     i_p = tl.program_id(0)
-    first = tl.where(i_p == 0, 0, q_tiles + (i_p - 1) * k_tiles)
-    own = tl.where(i_p == 0, q_tiles, k_tiles)
-    tokens = tl.where(i_p == 0, queries, keys)
-    o_d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_d = o_d < D
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < D
+    parts_ptr += i_p * 2 * D + o_c[None, :]
     sums = tl.zeros([BLOCK_C], tl.float64)
     squares = tl.zeros([BLOCK_C], tl.float64)
-    for start in range(0, batch * own, BLOCK_ROWS):
+    for start in range(0, rows, BLOCK_ROWS):
         o_r = start + tl.arange(0, BLOCK_ROWS)
-        tile = o_r % own
-        mask = (o_r < batch * own)[:, None] & m_d[None, :]
-        count = tl.minimum(tokens - tile * BLOCK_T, BLOCK_T).to(tl.float64)[:, None]
-        place = (o_r // own * tiles + first + tile).to(tl.int64) * 2 * D
-        offsets = place[:, None] + o_d[None, :]
-        mean = tl.load(parts_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
-        spread = tl.load(parts_ptr + D + offsets, mask=mask, other=0.0).to(tl.float64)
-        sums += tl.sum(count * mean, 0)
-        squares += tl.sum(spread + count * mean * mean, 0)
-    total = tokens.to(tl.float64) * batch
-    mean = sums / total
-    variance = squares / total - mean * mean
+        mask = (o_r < rows)[:, None] & m_c[None, :]
+        part_ptr = parts_ptr + (o_r.to(tl.int64) * tl.num_programs(0) * 2 * D)[:, None]
+        sums += tl.sum(tl.load(part_ptr, mask=mask, other=0.0), 0)
+        squares += tl.sum(tl.load(part_ptr + D, mask=mask, other=0.0), 0)
+    count = tl.where(i_p == 0, queries, keys).to(tl.float64)
+    mean = sums / count
+    variance = squares / count - mean * mean
     # Rounding may leave a constant channel a variance just below 0; a NaN stays one.
     variance = tl.where(variance < 0, 0.0, variance)
-    tl.store(mean_ptr + i_p * D + o_d, mean.to(tl.float32), mask=m_d)
-    tl.store(variance_ptr + i_p * D + o_d, variance.to(tl.float32), mask=m_d)
+    tl.store(mean_ptr + i_p * D + o_c, mean.to(tl.float32), mask=m_c)
+    tl.store(variance_ptr + i_p * D + o_c, variance.to(tl.float32), mask=m_c)
+
+
+class Walk(NamedTuple):
+    """How the programs of a launch share the cells of a batch: arguments of its kernel."""
+
+    lanes: int
+    rows: int
+    columns: int
+    per_program: int
+
+    def grid(self, block: int) -> tuple[int, int]:
+        """Return the programs along lanes, BLOCK_T each, and down the cells of a lane."""
+        return triton.cdiv(self.lanes, block), triton.cdiv(self.rows, self.per_program)
+
+
+def walk(batch: int, height: int, breadth: int, cell: int, most: int) -> Walk:
+    """Share cells evenly among as few programs as leave each lane of one at ``most`` cells."""
+    rows, columns = triton.cdiv(height, cell), triton.cdiv(breadth, cell)
+    return Walk(batch * columns, rows, columns, triton.cdiv(rows, triton.cdiv(rows, most)))
+
+
+def cell_size(stride: int) -> int:
+    """Return the side of a cell: the stride, so that it has one key, or 1 if that is too large."""
+    return stride if stride <= LARGEST_CELL else 1
 
 
 def strided(size: int, stride: int) -> int:
@@ -298,9 +363,8 @@ def project(
     x = addressable(x)
     batch, width, height, breadth = x.shape
     rows, columns = strided(height, kv_stride), strided(breadth, kv_stride)
-    queries, keys = height * breadth, rows * columns
-    a = x.new_empty(batch, queries, width)
-    b = x.new_empty(batch, keys, width)
+    a = x.new_empty(batch, height * breadth, width)
+    b = x.new_empty(batch, rows * columns, width)
     c = x.new_empty(0) if v is None else torch.empty_like(b)
     projections = 2 if v is None else 3
     shape = (projections, width) if moments else (0,)
@@ -308,11 +372,12 @@ def project(
     if batch == 0:
         return a, b, c, mean.zero_(), variance.zero_()
     launch = launches.find("conv_attention_project_fwd", x, launches.width_class(width))
-    block = launch["BLOCK_T"]
-    q_tiles, k_tiles = triton.cdiv(queries, block), triton.cdiv(keys, block)
-    tiles = q_tiles + (projections - 1) * k_tiles
-    parts = q.new_empty(batch * tiles, 2, width) if moments else mean
-    _conv_attention_project_fwd_kernel[(batch * tiles,)](
+    cell = cell_size(kv_stride)
+    cells = walk(batch, height, breadth, cell, launch.pop("ROWS"))
+    grid = cells.grid(launch["BLOCK_T"])
+    programs = grid[0] * grid[1]
+    parts = q.new_empty(programs, projections, 2, width, dtype=torch.float64) if moments else mean
+    _conv_attention_project_fwd_kernel[grid](
         x,
         q,
         k,
@@ -323,37 +388,33 @@ def project(
         b,
         c,
         parts,
-        q_tiles,
-        k_tiles,
-        tiles,
+        *cells,
         height,
         breadth,
         rows,
         columns,
         *x.stride(),
         eps,
-        STRIDE=kv_stride,
+        APART=kv_stride // cell,
+        CELL=cell,
         SIZE=q.shape[-1],
         D=width,
         BLOCK_D=padded(width),
+        HAS_V=v is not None,
         NORM=norm_weight is not None,
         MOMENTS=moments,
         **launch,
     )
     if moments:
-        launch = launches.find("conv_attention_moments", parts)
+        launch = launches.find("conv_attention_moments", mean)
         _conv_attention_moments_kernel[(projections, triton.cdiv(width, launch["BLOCK_C"]))](
             parts,
             mean,
             variance,
-            batch,
-            q_tiles,
-            k_tiles,
-            tiles,
-            queries,
-            keys,
+            programs,
+            batch * height * breadth,
+            batch * rows * columns,
             D=width,
-            BLOCK_T=block,
             **launch,
         )
     return a, b, c, mean, variance

@@ -18,120 +18,101 @@ from torch import Tensor
 
 from . import launches
 from .common import padded, sum_rows
-from .conv_attention_project import addressable, strided
+from .conv_attention_project import addressable, cell_size, load_filters, strided, walk, within
 from .layer_norm import normalise, normalise_backward
 
 
 @triton.jit
-def _add_tap(
-    dx,
-    x,
+def _load_gradients(
     dt_ptr,
     t_ptr,
-    filters_ptr,
-    parts_ptr,
+    o_t,
     row,
     column,
     OH,
     OW,
-    mask,
-    mean,
-    dmean,
-    dvariance,
-    tap,
-    TAPS: tl.constexpr,
+    m_d,
+    moments,
+    WIDE: tl.constexpr,
+    APART: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
-    """Add what one tap of one projection gives to ``dx``; write this tile's share of its filters.
+    """Load one row of the lanes' windows of total gradients: a tuple of float32 [BLOCK_T, D].
 
-    ``row`` and ``column`` are the places of the tokens, which need not be inside.
+    ``row`` and ``column`` of the window's first are in cells, the ``APART``-th of which have a
+    token; ``o_t`` are the offsets of the images.
     """
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    mask &= ((row >= 0) & (row < OH) & (column >= 0) & (column < OW))[:, None]
-    offsets = (row * OW + column)[:, None] * D + o_d[None, :]
-    g = tl.load(dt_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if MOMENTS:
-        t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = tl.where(mask, g + (dmean[None, :] + dvariance[None, :] * (t - mean[None, :])), 0.0)
-    weight = tl.load(filters_ptr + o_d * TAPS + tap, mask=m_d, other=0.0)
-    tl.store(parts_ptr + o_d * TAPS + tap, tl.sum(g * x, 0), mask=m_d)
-    return dx + g * weight[None, :]
-
-
-@triton.jit
-def _add_strided_taps(
-    dx,
-    x,
-    dt_ptr,
-    t_ptr,
-    filters_ptr,
-    parts_ptr,
-    row,
-    column,
-    top,
-    left,
-    OH,
-    OW,
-    mask,
-    mean,
-    dmean,
-    dvariance,
-    STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MOMENTS: tl.constexpr,
-):
-    """Add what all taps of one projection give to ``dx`` at pixels of one residue."""
-    TAPS: tl.constexpr = SIZE * SIZE
-    o_d = tl.arange(0, BLOCK_D)
-    for tap in range(TAPS):
-        i = SIZE // 2 - tap // SIZE
-        j = SIZE // 2 - tap % SIZE
-        # The remainder of what may be negative, whose sign differs between C and Python.
-        if ((top + i + SIZE * STRIDE) % STRIDE == 0) & ((left + j + SIZE * STRIDE) % STRIDE == 0):
-            dx = _add_tap(
-                dx,
-                x,
-                dt_ptr,
-                t_ptr,
-                filters_ptr,
-                parts_ptr,
-                (row + i + SIZE * STRIDE) // STRIDE - SIZE,
-                (column + j + SIZE * STRIDE) // STRIDE - SIZE,
-                OH,
-                OW,
-                mask,
-                mean,
-                dmean,
-                dvariance,
-                tap,
-                TAPS,
-                D,
-                BLOCK_D,
-                MOMENTS,
-            )
-        else:
-            zero = tl.zeros([BLOCK_D], tl.float32)
-            tl.store(parts_ptr + o_d * TAPS + tap, zero, mask=o_d < D)
-    return dx
+    gradients = ()
+    for j in tl.static_range(WIDE):
+        inside = within(row, column + j, OH * APART, OW * APART)
+        if APART > 1:
+            inside &= (row % APART == 0) & ((column + j) % APART == 0)
+        mask = inside[:, None] & m_d[None, :]
+        place = o_t + row // APART * OW * D + ((column.to(tl.int64) + j) // APART * D)[:, None]
+        g = tl.load(dt_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if MOMENTS:
+            mean, dmean, dvariance = moments
+            t = tl.load(t_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            g += dmean[None, :] + dvariance[None, :] * (t - mean[None, :])
+            g = tl.where(mask, g, 0.0)
+        gradients = gradients + (g,)  # noqa: RUF005
+    return gradients
 
 
 @triton.jit
 def _load_moments(
     mean_ptr, dmean_ptr, dvariance_ptr, i_p, count, o_d, m_d, MOMENTS: tl.constexpr, D: tl.constexpr
 ):
-    mean = tl.zeros([o_d.shape[0]], tl.float32)
-    dmean = mean
-    dvariance = mean
+    """Load what the total gradient takes of a projection's moments, shared among its tokens."""
+    moments = ()
     if MOMENTS:
         mean = tl.load(mean_ptr + i_p * D + o_d, mask=m_d, other=0.0)
         dmean = tl.load(dmean_ptr + i_p * D + o_d, mask=m_d, other=0.0) / count
         dvariance = tl.load(dvariance_ptr + i_p * D + o_d, mask=m_d, other=0.0) * 2 / count
-    return mean, dmean, dvariance
+        moments = (mean, dmean, dvariance)
+    return moments
+
+
+@triton.jit
+def _add_taps(
+    dz,
+    dfilters,
+    z,
+    window,
+    filters,
+    y: tl.constexpr,
+    x: tl.constexpr,
+    FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add to ``dz`` and to the filters' gradients what the tokens that saw a pixel give.
+
+    The pixel is (y, x) of its cell; a projection has a token at every ``STRIDE``-th pixel, and its
+    window of them begins ``FIRST`` tokens before the cell.
+    """
+    HALO: tl.constexpr = SIZE // 2
+    added = ()
+    for tap in tl.static_range(SIZE * SIZE):
+        if (y + HALO - tap // SIZE) % STRIDE == 0 and (x + HALO - tap % SIZE) % STRIDE == 0:
+            g = window[
+                (FIRST + (y + HALO - tap // SIZE) // STRIDE) * WIDE
+                + FIRST
+                + (x + HALO - tap % SIZE) // STRIDE
+            ]
+            dz += g * filters[tap]
+            added = added + (dfilters[tap] + g * z,)  # noqa: RUF005
+        else:
+            added = added + (dfilters[tap],)  # noqa: RUF005
+    return dz, added
+
+
+@triton.jit
+def _store_filters(part_ptr, dfilters, o_d, m_d, TAPS: tl.constexpr):
+    for tap in tl.static_range(TAPS):
+        tl.store(part_ptr + o_d * TAPS + tap, tl.sum(dfilters[tap], 0), mask=m_d)
 
 
 @triton.jit
@@ -153,7 +134,10 @@ def _conv_attention_project_bwd_kernel(
     norm_bias_ptr,
     dx_ptr,
     parts_ptr,
-    tiles,
+    lanes,
+    rows,
+    columns,
+    per_program,
     q_count,
     k_count,
     H,
@@ -165,7 +149,8 @@ def _conv_attention_project_bwd_kernel(
     stride_xh,
     stride_xw,
     eps,
-    STRIDE: tl.constexpr,
+    APART: tl.constexpr,
+    CELL: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -174,134 +159,192 @@ def _conv_attention_project_bwd_kernel(
     NORM: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
-    """Write ``dx`` at BLOCK_T pixels of one image, and this tile's share of all filters' gradients.
+    """Walk down columns of cells, write ``dx`` there and the program's share of all other sums.
 
-    One program owns BLOCK_T pixels of one residue (y mod STRIDE, x mod STRIDE) and all channels; it
-    reads ``x`` there once, and for each tap the gradients of the tokens that saw these pixels
-    through it; through most taps of keys and values none did, the same for all of the program::
+    Cells, lanes and the window that moves down are those of the forward kernel, here of the total
+    gradients ``dt + (dmean + 2 dvariance (t - mean)) / n`` of the tokens that saw a cell's pixels::
 
-        pixels    for each tap (i, j) of q, k, v:  g = total gradient at token (pixel - tap) / s
-        BLOCK_T       dx += g w[tap],   dw[tap] += sum over pixels of g x
+        queries  . . . .      keys  K k     for each pixel of the cell, for each tap of a token
+                 . q q .            k k     that saw it:  dz += g w[tap],   dw[tap] += g z
+                 . q q .     (K: the cell's own)
+                 . . . .
 
-    The total gradient ``dt + (dmean + 2 dvariance (t - mean)) / n`` is made on load. Bytes: 4 D
-    numbers per query (x, da, a, dx) and 2 D per key, 0.046 ms at batch 128 and D = 32; every tap
-    after the first finds them in L1. 2 multiplications and a share of a tree sum per tap and
-    number. ``parts`` is ``[programs, (2 or 3) D SIZE ** 2]``, with a layer norm 2 D more, of its
-    weight and bias. Accumulates in fp32, taps in order.
+    What is summed over pixels stays in registers, a number per lane, until the program ends.
+    Bytes: 4 D numbers per query (x, da, a, dx) and 2 D per key, 0.046 ms at batch 128 and D = 32.
+    2 multiplications per tap and number. ``parts`` is ``[programs, (2 or 3) D SIZE ** 2]``, with a
+    layer norm 2 D more, of its weight and bias. Accumulates in fp32, taps in order.
     """
-    residue = tl.program_id(0) % (STRIDE * STRIDE)
-    tile = tl.program_id(0) // (STRIDE * STRIDE) % tiles
-    i_b = (tl.program_id(0) // (STRIDE * STRIDE) // tiles).to(tl.int64)
-    top = residue // STRIDE
-    left = residue % STRIDE
-    # An image narrower than the stride leaves some residues without pixels.
-    columns = tl.maximum(tl.cdiv(W - left, STRIDE), 1)
-    o_t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    TAPS: tl.constexpr = SIZE * SIZE
+    HALO: tl.constexpr = SIZE // 2
+    WIDE: tl.constexpr = CELL + SIZE - 1
+    # Cells whose keys reach this one, above it and below it.
+    BEFORE: tl.constexpr = HALO // CELL
+    AFTER: tl.constexpr = (CELL - 1 + HALO) // CELL
+    K_WIDE: tl.constexpr = BEFORE + 1 + AFTER
+    lane = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i_b = (lane // columns).to(tl.int64)
+    cell = lane % columns
+    first = tl.program_id(1) * per_program
+    end = tl.minimum(first + per_program, rows)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    row = o_t // columns * STRIDE + top
-    column = o_t % columns * STRIDE + left
-    mask = ((row < H) & (column < W))[:, None] & m_d[None, :]
-    TAPS: tl.constexpr = SIZE * SIZE
-    FILTERS: tl.constexpr = (3 if HAS_V else 2) * D * TAPS
-    parts_ptr += tl.program_id(0).to(tl.int64) * (FILTERS + (2 * D if NORM else 0))
-    queries = i_b * H * W * D
-    keys = i_b * OH * OW * D
-    place = row * stride_xh + column * stride_xw
-    x_ptr += i_b * stride_xb
-    x = tl.load(x_ptr + place[:, None] + o_d[None, :] * stride_xd, mask=mask, other=0.0)
-    x = x.to(tl.float32)
+    p_x = x_ptr + (i_b * stride_xb + cell * CELL * stride_xw)[:, None] + o_d[None, :] * stride_xd
+    # Lanes that are none see nothing: their pixels and tokens are beyond the image.
+    column = tl.where(lane < lanes, cell * CELL, W + HALO)
+    key_column = tl.where(lane < lanes, cell, OW * APART + BEFORE)
+    o_q = (i_b * H * W * D)[:, None] + o_d[None, :]
+    o_k = (i_b * OH * OW * D)[:, None] + o_d[None, :]
+    q = load_filters(q_ptr, o_d, m_d, TAPS)
+    k = load_filters(k_ptr, o_d, m_d, TAPS)
+    v = load_filters(v_ptr, o_d, m_d, TAPS if HAS_V else 0)
+    q_moments = _load_moments(mean_ptr, dmean_ptr, dvariance_ptr, 0, q_count, o_d, m_d, MOMENTS, D)
+    k_moments = _load_moments(mean_ptr, dmean_ptr, dvariance_ptr, 1, k_count, o_d, m_d, MOMENTS, D)
+    v_moments = k_moments
+    if HAS_V:
+        v_moments = _load_moments(
+            mean_ptr, dmean_ptr, dvariance_ptr, 2, k_count, o_d, m_d, MOMENTS, D
+        )
     if NORM:
         norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
         norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
-        unit, rstd = normalise(x, m_d, eps, D)
-        x = tl.where(mask, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
-
-    dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    mean, dmean, dvariance = _load_moments(
-        mean_ptr, dmean_ptr, dvariance_ptr, 0, q_count, o_d, m_d, MOMENTS, D
-    )
-    for tap in range(TAPS):
-        dx = _add_tap(
-            dx,
-            x,
-            da_ptr + queries,
-            a_ptr + queries,
-            q_ptr,
-            parts_ptr,
-            row + SIZE // 2 - tap // SIZE,
-            column + SIZE // 2 - tap % SIZE,
+    zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    dq = (zero,) * TAPS
+    dk = (zero,) * TAPS
+    dv = (zero,) * (TAPS if HAS_V else 0)
+    dweight = zero
+    dbias = zero
+    q_window = ()
+    k_window = ()
+    v_window = ()
+    for i in tl.static_range(SIZE - 1):
+        q_window = q_window + _load_gradients(
+            da_ptr,
+            a_ptr,
+            o_q,
+            first * CELL - HALO + i,
+            column - HALO,
             H,
             W,
-            mask,
-            mean,
-            dmean,
-            dvariance,
-            tap,
-            TAPS,
+            m_d,
+            q_moments,
+            WIDE,
+            1,
             D,
-            BLOCK_D,
             MOMENTS,
         )
-    mean, dmean, dvariance = _load_moments(
-        mean_ptr, dmean_ptr, dvariance_ptr, 1, k_count, o_d, m_d, MOMENTS, D
-    )
-    dx = _add_strided_taps(
-        dx,
-        x,
-        db_ptr + keys,
-        b_ptr + keys,
-        k_ptr,
-        parts_ptr + D * TAPS,
-        row,
-        column,
-        top,
-        left,
-        OH,
-        OW,
-        mask,
-        mean,
-        dmean,
-        dvariance,
-        STRIDE,
-        SIZE,
-        D,
-        BLOCK_D,
-        MOMENTS,
-    )
-    if HAS_V:
-        mean, dmean, dvariance = _load_moments(
-            mean_ptr, dmean_ptr, dvariance_ptr, 2, k_count, o_d, m_d, MOMENTS, D
-        )
-        dx = _add_strided_taps(
-            dx,
-            x,
-            dc_ptr + keys,
-            c_ptr + keys,
-            v_ptr,
-            parts_ptr + 2 * D * TAPS,
-            row,
-            column,
-            top,
-            left,
+    for i in tl.static_range(BEFORE + AFTER):
+        k_window = k_window + _load_gradients(
+            db_ptr,
+            b_ptr,
+            o_k,
+            first - BEFORE + i,
+            key_column - BEFORE,
             OH,
             OW,
-            mask,
-            mean,
-            dmean,
-            dvariance,
-            STRIDE,
-            SIZE,
+            m_d,
+            k_moments,
+            K_WIDE,
+            APART,
             D,
-            BLOCK_D,
             MOMENTS,
         )
+        if HAS_V:
+            v_window = v_window + _load_gradients(
+                dc_ptr,
+                c_ptr,
+                o_k,
+                first - BEFORE + i,
+                key_column - BEFORE,
+                OH,
+                OW,
+                m_d,
+                v_moments,
+                K_WIDE,
+                APART,
+                D,
+                MOMENTS,
+            )
+    for i_r in tl.range(first, end):
+        for y in tl.static_range(CELL):
+            q_window = q_window + _load_gradients(
+                da_ptr,
+                a_ptr,
+                o_q,
+                i_r * CELL + HALO + y,
+                column - HALO,
+                H,
+                W,
+                m_d,
+                q_moments,
+                WIDE,
+                1,
+                D,
+                MOMENTS,
+            )
+        k_window = k_window + _load_gradients(
+            db_ptr,
+            b_ptr,
+            o_k,
+            i_r + AFTER,
+            key_column - BEFORE,
+            OH,
+            OW,
+            m_d,
+            k_moments,
+            K_WIDE,
+            APART,
+            D,
+            MOMENTS,
+        )
+        if HAS_V:
+            v_window = v_window + _load_gradients(
+                dc_ptr,
+                c_ptr,
+                o_k,
+                i_r + AFTER,
+                key_column - BEFORE,
+                OH,
+                OW,
+                m_d,
+                v_moments,
+                K_WIDE,
+                APART,
+                D,
+                MOMENTS,
+            )
+        for y in tl.static_range(CELL):
+            for x in tl.static_range(CELL):
+                row = i_r * CELL + y
+                mask = within(row, column + x, H, W)[:, None] & m_d[None, :]
+                z = tl.load(p_x + (row * stride_xh + x * stride_xw), mask=mask, other=0.0)
+                z = z.to(tl.float32)
+                if NORM:
+                    unit, rstd = normalise(z, m_d, eps, D)
+                    z = tl.where(mask, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
+                dz, dq = _add_taps(zero, dq, z, q_window, q, y, x, HALO, 1, SIZE, WIDE)
+                dz, dk = _add_taps(dz, dk, z, k_window, k, y, x, BEFORE, CELL, SIZE, K_WIDE)
+                if HAS_V:
+                    dz, dv = _add_taps(dz, dv, z, v_window, v, y, x, BEFORE, CELL, SIZE, K_WIDE)
+                if NORM:
+                    dz = tl.where(mask, dz, 0.0)
+                    dweight += dz * unit
+                    dbias += dz
+                    dz = normalise_backward(dz * norm_weight[None, :], unit, rstd, D)
+                offsets = o_q + (row * W + x) * D + (cell.to(tl.int64) * CELL * D)[:, None]
+                tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
+        q_window = q_window[CELL * WIDE :]
+        k_window = k_window[K_WIDE:]
+        v_window = v_window[K_WIDE:]
+    FILTERS: tl.constexpr = (3 if HAS_V else 2) * D * TAPS
+    program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    parts_ptr += program * (FILTERS + (2 * D if NORM else 0))
+    _store_filters(parts_ptr, dq, o_d, m_d, TAPS)
+    _store_filters(parts_ptr + D * TAPS, dk, o_d, m_d, TAPS)
+    if HAS_V:
+        _store_filters(parts_ptr + 2 * D * TAPS, dv, o_d, m_d, TAPS)
     if NORM:
-        tl.store(parts_ptr + FILTERS + o_d, tl.sum(dx * unit, 0), mask=m_d)
-        tl.store(parts_ptr + FILTERS + D + o_d, tl.sum(dx, 0), mask=m_d)
-        dx = normalise_backward(dx * norm_weight[None, :], unit, rstd, D)
-    offsets = (row * W + column)[:, None] * D + o_d[None, :]
-    tl.store(dx_ptr + queries + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(parts_ptr + FILTERS + o_d, tl.sum(dweight, 0), mask=m_d)
+        tl.store(parts_ptr + FILTERS + D + o_d, tl.sum(dbias, 0), mask=m_d)
 
 
 def project_backward(
@@ -348,11 +391,12 @@ def project_backward(
     moments = dmean is not None
     launch = launches.find("conv_attention_project_bwd", x, launches.width_class(width))
     rows, columns = strided(height, kv_stride), strided(breadth, kv_stride)
-    tiles = triton.cdiv(rows * columns, launch["BLOCK_T"])
-    programs = batch * tiles * kv_stride**2
+    cell = cell_size(kv_stride)
+    cells = walk(batch, height, breadth, cell, launch.pop("ROWS"))
+    grid = cells.grid(launch["BLOCK_T"])
     sums = [t for t in (dq, dk, dv, *dnorm) if t.numel()]
-    parts = q.new_empty(programs, sum(t.numel() for t in sums))
-    _conv_attention_project_bwd_kernel[(programs,)](
+    parts = q.new_empty(grid[0] * grid[1], sum(t.numel() for t in sums))
+    _conv_attention_project_bwd_kernel[grid](
         da,
         db,
         db if v is None else dc.contiguous(),
@@ -370,7 +414,7 @@ def project_backward(
         norm_bias if norm else q,
         dx,
         parts,
-        tiles,
+        *cells,
         float(batch * height * breadth),
         float(batch * rows * columns),
         height,
@@ -379,7 +423,8 @@ def project_backward(
         columns,
         *x.stride(),
         eps,
-        STRIDE=kv_stride,
+        APART=kv_stride // cell,
+        CELL=cell,
         SIZE=q.shape[-1],
         D=width,
         BLOCK_D=padded(width),

@@ -23,6 +23,13 @@ def _transposed(c, o_d, D: tl.constexpr):
 
 
 @triton.jit
+def _weight_block(wq_ptr, c, o_d, COLUMNS, D: tl.constexpr):
+    """Return ``Wq^T`` for columns ``c``, padded with zeros."""
+    mask = (c < COLUMNS)[:, None] & (o_d < D)[None, :]
+    return tl.load(wq_ptr + _transposed(c, o_d, D), mask=mask, other=0.0)
+
+
+@triton.jit
 def _conv_attention_weights_bwd_kernel(
     dy_ptr,
     a_ptr,
@@ -54,7 +61,11 @@ def _conv_attention_weights_bwd_kernel(
 
                    columns of dq, o
         queries  [ dq Wq^T          -> da        ]
-        BLOCK_N  [ a'^T dq, o^T t   -> dwq, dwo  ]  and the sums over queries
+        BLOCK_N  [ a^T dq, o^T t    -> raw, dwo  ]  and dbq, dbo: the sums of dq and t
+
+    The rest follows from the sums of all tiles, with ``a`` as it was before scale and shift: ``dwq
+    = scale raw + shift dbq``, ``dscale = sum(Wq raw)`` and ``dshift = sum(Wq dbq)`` over columns.
+    So a tile needs no sums across warps but two, and its factors go to the products as they come.
 
     ``parts`` is ``[programs, COLUMNS (2 D + 1) + 3 D]``: dwq, dwo, dbq, dbo, dscale, dshift.
     Weights are summed in registers where all columns are one block, else in ``parts``. Bytes: 2 h +
@@ -75,18 +86,21 @@ def _conv_attention_weights_bwd_kernel(
     scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0)
     shift = tl.load(shift_ptr + o_d, mask=m_d, other=0.0)
 
-    dwq = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    raw = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     dwo = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    # Tiles are counted in 64 bits, places inside one in 32. Offsets cost less made again than kept.
-    for tile in tl.range(first, last, num_stages=1, disable_licm=True):
+    dbq = tl.zeros([BLOCK_C], tl.float32)
+    dbo = tl.zeros([BLOCK_D], tl.float32)
+    wq = _weight_block(wq_ptr, o_c, o_d, COLUMNS, D)
+    tl.assume(first < last)
+    # Tiles are counted in 64 bits, places inside one in 32.
+    for tile in tl.range(first, last):
         row = tile * BLOCK_N
         o_n = tl.arange(0, BLOCK_N)
         m_n = row + o_n < N
         mask = m_n[:, None] & m_d[None, :]
         offsets = o_n[:, None] * D + o_d[None, :]
-        raw = tl.load(a_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
-        a = tl.where(mask, raw * scale[None, :] + shift[None, :], 0.0).to(dtype)
-        t = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        a = tl.load(a_ptr + row * D + offsets, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        t = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0)
         if HAS_DROPOUT:
             keep = dropout_mask.keep_factor(
                 tl.load(seed_ptr), row + o_n, threshold, factor, 0, D, BLOCK_D, 0
@@ -95,37 +109,58 @@ def _conv_attention_weights_bwd_kernel(
             t = wide.to(dtype)
         else:
             wide = t.to(tl.float32)
-        # The barrier shows what was added for the last tile to all threads.
-        tl.debug_barrier()
-        add_part(dbo_ptr + o_d, tl.sum(wide, 0), m_d, tile == first)
-        da = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for column in tl.range(0, COLUMNS, BLOCK_C, num_stages=1, disable_licm=True):
-            c = column + o_c
-            m_c = c < COLUMNS
-            o_nc = o_n[:, None] * COLUMNS + c[None, :]
-            m_nc = m_n[:, None] & m_c[None, :]
-            m_cd = m_c[:, None] & m_d[None, :]
-            dq = tl.load(dq_ptr + row * COLUMNS + o_nc, mask=m_nc, other=0.0)  # [BLOCK_N, BLOCK_C]
-            add_part(dbq_ptr + c, tl.sum(dq.to(tl.float32), 0), m_c, tile == first)
-            wq = tl.load(wq_ptr + _transposed(c, o_d, D), mask=m_cd, other=0.0).to(dtype)
-            da = tl.dot(dq, wq, da, input_precision=PRECISION)
-            o = tl.load(o_ptr + row * COLUMNS + o_nc, mask=m_nc, other=0.0)
-            if ONE_BLOCK:
-                dwq = tl.dot(tl.trans(dq), a, dwq, input_precision=PRECISION)
-                dwo = tl.dot(tl.trans(o), t, dwo, input_precision=PRECISION)
-            else:
-                dwq = tl.dot(tl.trans(dq), a, input_precision=PRECISION)
+        dbo += tl.sum(wide, 0)
+        if ONE_BLOCK:
+            o_nc = row * COLUMNS + o_n[:, None] * COLUMNS + o_c[None, :]
+            m_nc = m_n[:, None] & (o_c < COLUMNS)[None, :]
+            dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)  # [BLOCK_N, BLOCK_C]
+            o = tl.load(o_ptr + o_nc, mask=m_nc, other=0.0)
+            dbq += tl.sum(dq.to(tl.float32), 0)
+            da = tl.dot(dq, wq.to(dtype), input_precision=PRECISION)
+            raw = tl.dot(tl.trans(dq), a, raw, input_precision=PRECISION)
+            dwo = tl.dot(tl.trans(o), t, dwo, input_precision=PRECISION)
+        else:
+            # The barrier shows what was added for the last tile to all threads.
+            tl.debug_barrier()
+            da = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            for column in tl.range(0, COLUMNS, BLOCK_C, num_stages=1, disable_licm=True):
+                c = column + o_c
+                m_c = c < COLUMNS
+                o_nc = row * COLUMNS + o_n[:, None] * COLUMNS + c[None, :]
+                m_nc = m_n[:, None] & m_c[None, :]
+                m_cd = m_c[:, None] & m_d[None, :]
+                dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)
+                o = tl.load(o_ptr + o_nc, mask=m_nc, other=0.0)
+                wq = _weight_block(wq_ptr, c, o_d, COLUMNS, D)
+                da = tl.dot(dq, wq.to(dtype), da, input_precision=PRECISION)
+                raw = tl.dot(tl.trans(dq), a, input_precision=PRECISION)
                 dwo = tl.dot(tl.trans(o), t, input_precision=PRECISION)
-                add_part(dwq_ptr + _transposed(c, o_d, D), dwq, m_cd, tile == first)
+                add_part(dbq_ptr + c, tl.sum(dq.to(tl.float32), 0), m_c, tile == first)
+                add_part(dwq_ptr + _transposed(c, o_d, D), raw, m_cd, tile == first)
                 add_part(dwo_ptr + c[:, None] * D + o_d[None, :], dwo, m_cd, tile == first)
-        add_part(dbo_ptr + D + o_d, tl.sum(da * raw, 0), m_d, tile == first)
-        add_part(dbo_ptr + 2 * D + o_d, tl.sum(da, 0), m_d, tile == first)
         tl.store(da_ptr + row * D + offsets, (da * scale[None, :]).to(dtype), mask=mask)
 
-    if ONE_BLOCK:
-        m_cd = (o_c < COLUMNS)[:, None] & m_d[None, :]
-        tl.store(dwq_ptr + _transposed(o_c, o_d, D), dwq, mask=m_cd)
-        tl.store(dwo_ptr + o_c[:, None] * D + o_d[None, :], dwo, mask=m_cd)
+    tl.store(dbo_ptr + o_d, dbo, mask=m_d)
+    tl.debug_barrier()
+    dscale = tl.zeros([BLOCK_D], tl.float32)
+    dshift = tl.zeros([BLOCK_D], tl.float32)
+    for column in tl.range(0, COLUMNS, BLOCK_C, num_stages=1, disable_licm=True):
+        c = column + o_c
+        m_c = c < COLUMNS
+        m_cd = m_c[:, None] & m_d[None, :]
+        if ONE_BLOCK:
+            tl.store(dwo_ptr + c[:, None] * D + o_d[None, :], dwo, mask=m_cd)
+            tl.store(dbq_ptr + c, dbq, mask=m_c)
+        else:
+            raw = tl.load(dwq_ptr + _transposed(c, o_d, D), mask=m_cd, other=0.0)
+            dbq = tl.load(dbq_ptr + c, mask=m_c, other=0.0)
+        wq = _weight_block(wq_ptr, c, o_d, COLUMNS, D).to(dtype).to(tl.float32)
+        dscale += tl.sum(wq * raw, 0)
+        dshift += tl.sum(wq * dbq[:, None], 0)
+        dwq = raw * scale[None, :] + dbq[:, None] * shift[None, :]
+        tl.store(dwq_ptr + _transposed(c, o_d, D), dwq, mask=m_cd)
+    tl.store(dbo_ptr + D + o_d, dscale, mask=m_d)
+    tl.store(dbo_ptr + 2 * D + o_d, dshift, mask=m_d)
 
 
 def weight_gradients(

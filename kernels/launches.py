@@ -32,6 +32,7 @@ TILE = (16, 32, 64, 128)
 WARPS = {"num_warps": (1, 2, 4, 8)}
 STAGES = {"num_stages": (1, 2, 3, 4)}
 RESIDENT = {"RESIDENT": (1, 2, 3, 4)}
+LANES = {"BLOCK_T": (1, 2, 4, 8, 16, 32, 64), "ROWS": (4, 8, 16, 32, 64)}
 # By the power of two that channels are padded to, of taps in a block, of columns to be summed.
 WIDTHS = ("D32", "D64", "D128")
 TAPS = ("K64", "K256")
@@ -75,13 +76,13 @@ KERNELS = {
         },
         bits=(32,),
     ),
-    "lift_blur": Kernel({"BLOCK": (32, 64, 128, 256), **WARPS}),
-    "lift_unblur": Kernel({"BLOCK": (32, 64, 128, 256), **WARPS}),
-    "conv_attention_project_fwd": Kernel({"BLOCK_T": TILE, **WARPS}, WIDTHS),
+    "lift_blur": Kernel({"BLOCK": (32, 64, 128, 256), "ROWS": (4, 8, 16), **WARPS}),
+    "lift_unblur": Kernel({"BLOCK": (32, 64, 128, 256), "ROWS": (16, 32, 48, 64, 128), **WARPS}),
+    "conv_attention_project_fwd": Kernel({**LANES, **WARPS}, WIDTHS),
     "conv_attention_moments": Kernel(
         {"BLOCK_ROWS": (64, 128, 256, 512), "BLOCK_C": (4, 8, 16), **WARPS}, bits=(32,)
     ),
-    "conv_attention_project_bwd": Kernel({"BLOCK_T": TILE, **WARPS}, WIDTHS),
+    "conv_attention_project_bwd": Kernel({**LANES, **WARPS}, WIDTHS),
     "conv_attention_keys": Kernel({"BLOCK_M": (32, 64, 128), **WARPS}, WIDTHS),
     "conv_attention_attend_fwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
@@ -95,9 +96,14 @@ KERNELS = {
     "conv_attention_weights_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS
     ),
-    "mlp_block_fwd": Kernel({"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES}, WIDTHS),
+    "mlp_block_fwd": Kernel(
+        {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS, rows="BLOCK_N"
+    ),
     "mlp_block_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS, rows="BLOCK_N"
+    ),
+    "mlp_block_bwd_tokens": Kernel(
+        {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "token_embed_fwd": Kernel(
         {"BLOCK_P": TILE, "BLOCK_K": (16, 32, 64), **WARPS, **STAGES}, WIDTHS
@@ -131,7 +137,7 @@ def nearest(kernel: str, bits: int, shape: str, capability: int) -> Launch:
     """Return the launch of the highest class up to ``capability``, 80 for 8.0; else the lowest."""
     entries = table()
     key = f"{kernel} {bits} {shape}"
-    classes = sorted(_class(k) for k in entries if k.endswith(f" {key}"))
+    classes = sorted(class_of(k) for k in entries if k.endswith(f" {key}"))
     if not classes:
         raise KeyError(f"{FILE.name} has no launch for {key!r}")
     below = [c for c in classes if c <= capability]
@@ -195,7 +201,7 @@ def validated(entries: Mapping[str, Any]) -> dict[str, Launch]:
             if type(value) is not int or value not in known.fields[field]:
                 allowed = ", ".join(map(str, known.fields[field]))
                 raise ValueError(f"{key!r}: {field} must be one of {allowed}, got {value!r}")
-        if why := too_few_rows(kernel, launch, _class(key)):
+        if why := too_few_rows(kernel, launch, class_of(key)):
             raise ValueError(f"{key!r}: {why}")
     return {key: dict(launch) for key, launch in entries.items()}
 
@@ -221,7 +227,8 @@ def _shipped() -> dict[str, Launch]:
     return validated(json.loads(FILE.read_text(encoding="utf-8")))
 
 
-def _class(key: str) -> int:
+def class_of(key: str) -> int:
+    """Return the device class of an entry, 90 for ``"sm90 ..."``."""
     return int(key.split(" ")[0].removeprefix("sm"))
 
 

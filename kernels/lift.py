@@ -22,10 +22,10 @@ one image row after the other.
 
 **What goes through memory.** ``u`` is never kept. The blur needs neighbours, which a matrix tile
 cannot give cheaply: its rectified values are written once (160 MB in 16 bits at batch 128), and a
-second kernel blurs along rows, then down columns in registers, and takes the maximum. As two
-banded matrix products inside the tile the blur would add 33 to 55 GFLOP, more time than those
-bytes take, and the same NaN question. The gradient goes the other way round: one kernel sends
-``dy`` to the winning element and blurs it, the next one recomputes ``u`` beside it. At most
+second kernel blurs down columns, then along rows between the lanes of a warp, and takes the
+maximum. As two banded matrix products inside the tile the blur would add 33 to 55 GFLOP, more time
+than those bytes take, and the same NaN question. The gradient goes the other way round: one kernel
+sends ``dy`` to the winning element and blurs it, the next one recomputes ``u`` beside it. At most
 ``WORKSPACE`` bytes of the batch are in flight at a time.
 
 Sums are float32 within a program and are combined by a second kernel in a fixed order: no atomics,

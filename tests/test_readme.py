@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "bench" / "results" / "demo" / "results.json"
 SMALL = ROOT / "bench" / "results" / "paper" / "small.json"
+GPU = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3.json"
 CASE = ("EqCvT", "4x1x129x129")
 BENCHES = {
     "Intel": "intel-r-xeon-r-processor-family-6-model-207.csv",
@@ -51,6 +52,18 @@ def test_linked_files_exist() -> None:
     prose = re.sub(r"`[^`]*`", "", README)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
         assert (ROOT / link).is_file(), link
+
+
+def test_the_table_of_the_gpu_is_the_recorded_one() -> None:
+    cases = json.loads(GPU.read_text())["cases"]
+    table = README.partition("| Triton, H100 |")[2].partition("\n\n")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
+    assert len(rows) == 7
+    for name, ms, mib in rows:
+        assert (ms, mib) == (f"{cases[name]['graph_ms']:.2f}", f"{cases[name]['peak_mib']:.0f}")
+    assert json.loads(GPU.read_text())["commit"] in README
 
 
 def test_the_table_of_the_demo_is_the_recorded_one() -> None:

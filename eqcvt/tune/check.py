@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eqcvt.ops import _backend, _proof, use_backend
+from eqcvt.ops import CannotServe, _backend, _proof, use_backend
 from eqcvt.ops._tolerance import compare
 from eqcvt.tune import cases
 
@@ -33,6 +33,9 @@ _PRECISIONS = {
 }
 
 
+# Draws of every call that are judged together. A ReLU or a maximum takes another branch where
+# rounding decides, now in the kernels, now in the reference: one small call has too few of those.
+DRAWS = 4
 # Seconds after which a check is given up.
 LIMIT = 1800
 # How a kernel can end a process; other signals come from outside.
@@ -66,6 +69,15 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+class Draw(NamedTuple):
+    """One draw of a call: its function and inputs, the exact and the reference's results."""
+
+    call: cases.Call
+    inputs: list[Tensor]
+    exact: cases.Results
+    reference: cases.Results
+
+
 class Judge:
     """The exact and the reference's results of an op's calls, which kernels are compared with.
 
@@ -73,52 +85,65 @@ class Judge:
         op: name of the op.
         precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"``.
         device: where the calls run.
+        draws: random draws of each call, whose numbers are compared as those of one.
     """
 
-    def __init__(self, op: str, precision: str, device: str) -> None:
+    def __init__(self, op: str, precision: str, device: str, draws: int = DRAWS) -> None:
         dtype, self._tf32, measure = _PRECISIONS[precision]
-        self._calls: list[tuple[str, cases.Call, list[Tensor], cases.Results, cases.Results]] = []
+        self._calls: dict[str, list[Draw]] = {}
         with use_backend("reference"), tf32(False):
             for name, options in cases.CHECKED[op].items():
                 for training in (True, False):
-                    torch.manual_seed(1)
-                    with torch.device(device):
-                        call, inputs = cases.CALLS[op](training, **options)
-                    inputs = cases.activations(op, inputs, dtype)
-                    exact = cases.results(call, [t.double() for t in inputs])
-                    reference = cases.results(call, [t.to(measure) for t in inputs])
                     label = f"{name}, {'training' if training else 'evaluation'}"
-                    self._calls.append((label, call, inputs, exact, reference))
+                    for seed in range(1, draws + 1):
+                        torch.manual_seed(seed)
+                        with torch.device(device):
+                            call, inputs = cases.CALLS[op](training, **options)
+                        inputs = cases.activations(op, inputs, dtype)
+                        exact = cases.results(call, [t.double() for t in inputs])
+                        reference = cases.results(call, [t.to(measure) for t in inputs])
+                        draw = Draw(call, inputs, exact, reference)
+                        self._calls.setdefault(label, []).append(draw)
 
     def verdict(self, backend: str) -> Verdict:
-        """Run every call twice by a backend's kernels and compare.
+        """Run every call that a backend serves twice by its kernels, and compare.
 
         Raises:
             Unchecked: if the device has no room for them now.
         """
         worst = 0.0
         with use_backend(backend), tf32(self._tf32):
-            for label, call, inputs, exact, reference in self._calls:
+            for label, draws in self._calls.items():
                 try:
-                    first, again = (cases.results(call, inputs) for _ in range(2))
+                    runs = [[cases.results(d.call, d.inputs) for d in draws] for _ in range(2)]
+                except CannotServe:  # the automatic choice goes on to the next
+                    continue
                 except Exception as error:  # whatever a compiler or a driver raises
                     if "out of memory" in str(error).lower():
                         raise Unchecked(first_line(error)) from error
                     return Verdict(False, math.inf, f"{label}: {first_line(error)}")
-                for part, backward in ((0, False), (1, True)):
-                    rows = zip(first[part], again[part], exact[part], reference[part], strict=True)
+                exact, reference = [d.exact for d in draws], [d.reference for d in draws]
+                for part, name in enumerate(("result", "gradient")):
+                    rows = zip(
+                        *(_stacked(found, part) for found in (*runs, exact, reference)), strict=True
+                    )
                     for index, (mine, same, true, theirs) in enumerate(rows):
-                        where = f"{label}: {'gradient' if backward else 'result'} {index}"
+                        where = f"{label}: {name} {index}"
                         if not torch.equal(mine, same):
                             return Verdict(False, math.inf, f"{where} differs from run to run")
                         # Parameters and statistics of kernels are wider than the reference's.
-                        found = compare(mine.to(theirs.dtype), true, theirs, backward=backward)
+                        found = compare(mine.to(theirs.dtype), true, theirs, backward=part == 1)
                         if not found.as_good:
                             wrong = f"error {found.error:.3g} exceeds {found.allowed:.3g}"
                             return Verdict(False, math.inf, f"{where}: {wrong}")
                         if found.allowed > 0:
                             worst = max(worst, found.error / found.allowed)
         return Verdict(True, worst, None)
+
+
+def _stacked(draws: list[cases.Results], part: int) -> list[Tensor]:
+    """Return results, or gradients, of several draws side by side."""
+    return [torch.stack(same) for same in zip(*(draw[part] for draw in draws), strict=True)]
 
 
 def first_line(error: Any) -> str:

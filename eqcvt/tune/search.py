@@ -139,7 +139,8 @@ def descend(
     with launches.installed({key: best}):
         before = fastest = time()
     tried = {str(best)}
-    fields = launches.KERNELS[key.split(" ")[1]].fields
+    kernel, capability = key.split(" ")[1], launches.class_of(key)
+    fields = launches.KERNELS[kernel].fields
     improved = True
     while improved:
         improved = False
@@ -148,6 +149,8 @@ def descend(
                 candidate = best | {field: other}
                 name = str(candidate)
                 if name in tried or name in refused:
+                    continue
+                if launches.too_few_rows(kernel, candidate, capability):
                     continue
                 if expired():
                     return Found(best, before, fastest, refused, False)

@@ -61,7 +61,9 @@ class Report(NamedTuple):
     """What the assembler says: per thread registers and spilled bytes, per program shared bytes.
 
     ``serialised`` is whether each asynchronous matrix product is waited for before the next begins;
-    ``beyond`` whether one has more warps along its rows than its tile has rows for.
+    ``beyond`` whether one has more warps along its rows than its tile has rows for; ``undefined``
+    whether an address is added to before anything has written it, which ptxas has done to the
+    descriptors of such products and which on a GPU was an illegal address.
     """
 
     kernel: str
@@ -73,6 +75,7 @@ class Report(NamedTuple):
     matrix: str
     serialised: bool
     beyond: bool
+    undefined: bool
 
 
 def launches(call: Callable[[], object], capability: int = 90) -> list[Launch]:
@@ -146,6 +149,7 @@ def assemble(launch: Launch, capability: int) -> Report:
         "+".join(matrix),
         "wgmma.mma_async instructions are serialized" in remarks,
         _beyond(compiled.asm["ttgir"]),
+        _undefined(code.stdout),
     )
 
 
@@ -159,6 +163,24 @@ def _beyond(text: str) -> bool:
         for name, warps in layouts
         for rows in re.findall(rf"-> tensor<(\d+)x\d+x\w+, {name}>", text)
     )
+
+
+def _undefined(code: str) -> bool:
+    """Whether a uniform register is a summand before an instruction above has written it."""
+    written: set[str] = set()
+    for line in code.splitlines():
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s+(.*?);", line)
+        if found is None:
+            continue
+        name, operands = found[1], [each.strip() for each in found[2].split(",")]
+        if name.startswith("UIADD3") and any(
+            each not in written for each in operands[1:] if re.fullmatch(r"UR\d+", each)
+        ):
+            return True
+        if number := re.fullmatch(r"UR(\d+)", operands[0]):
+            count = 2 if ".64" in name or "WIDE" in name else 4 if ".128" in name else 1
+            written |= {f"UR{int(number[1]) + i}" for i in range(count)}
+    return False
 
 
 def reports(

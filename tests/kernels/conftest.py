@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -20,3 +21,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = _scalars_are_indices
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the kernels from rounding the factors of convolutions, as torch's default allows."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eqcvt.nn.backend import set_backend
 from eqcvt.nn.transformer import Block, Stage
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_as_good, of_other_strides
 
 if importlib.util.find_spec("triton"):
     from eqcvt.kernels import common, conv_attention, conv_attention_attend, launches
@@ -317,7 +317,9 @@ def test_any_strides_give_the_same_projections() -> None:
     for x in (case.x.contiguous(), wide[:, 2:18, :, 1:13:2]):
         case.x = x
         found = conv_attention.project(*case.forward(), moments=True, **case.stride)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        for a, b in zip(found, expected, strict=True):
+            if b.numel():
+                torch.testing.assert_close(a, b, rtol=0, atol=of_other_strides(b))
 
 
 def test_second_runs_and_filled_memory_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,8 +409,7 @@ def test_an_empty_batch_gives_empty_results() -> None:
         ((1, 32, 5, 5), 3, torch.float64, "takes float32, float16 and bfloat16, not float64"),
         ((1, 8, 5, 5), 3, torch.float32, "takes 16 to 128 channels, not 8"),
         ((1, 129, 5, 5), 3, torch.float32, "takes 16 to 128 channels, not 129"),
-        ((1, 32, 5, 5), 4, torch.float32, "takes odd filters of 3 to 7 pixels, not 4"),
-        ((1, 32, 5, 5), 9, torch.float32, "takes odd filters of 3 to 7 pixels, not 9"),
+        ((1, 32, 5, 5), 5, torch.float32, "takes depthwise filters of 3 pixels, not 5"),
         ((1, 32, 5000, 5000), 3, torch.float32, "takes fewer than 2 ** 31 values per image"),
     ],
 )
@@ -491,6 +492,7 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
         widest = wide and r["capability"] == 90 and r["kernel"].endswith("attend_fwd_kernel")
         assert r["spilled"] <= (32 if widest else 0), r
         assert not r["beyond"], r
+        assert not r["undefined"], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         if "attend_" in r["kernel"]:
             assert r["matrix"] == {80: "HMMA", 90: "HGMMA"}[r["capability"]], r

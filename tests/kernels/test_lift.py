@@ -187,6 +187,28 @@ def test_gradient_of_the_statistics_is_as_good_as_pytorch_s(name: str, tile: str
     assert_as_good(case.moments_input(lift, torch.float32), exact, reference, backward=True)
 
 
+def test_factors_of_tf32_products_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix unit cuts them instead, which makes every product smaller."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    case = Case(taps=None)
+    case.x, case.bank = torch.rand(case.x.shape).double(), torch.rand(case.bank.shape).double()
+    found = lift.moments(*case._in(torch.float32), correlate=True, **case.conv)
+    x, bank, mask = case._in(torch.float32)
+    near = [_tf32(t) for t in (x * mask, bank)]
+    expected = primitives.lift_moments(near[0], near[1], None, correlate=True, **case.conv)
+    for mine, same in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(mine, same, rtol=2e-6, atol=0)
+    assert lift.apply(*case._in(torch.float32), *case._affine(torch.float32), **case.block)
+    case.x[0, 0, 3, 3] = float("nan")
+    assert lift.moments(*case._in(torch.float32), correlate=True, **case.conv)[0].isnan().all()
+
+
+def _tf32(t: Tensor) -> Tensor:
+    """Return the nearest numbers of 10 bits behind the leading one."""
+    mantissa, exponent = torch.frexp(t)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
 def test_statistics_keep_a_small_variance_beside_a_large_mean() -> None:
     case = Case(masked=False, padding=0)
     case.x = case.x / 1024 + 4
@@ -490,6 +512,8 @@ def test_kernels_assemble_without_spills_within_shared_memory(calls: str, spille
     for report in map(json.loads, lines):
         assert report["spilled"] <= spilled, report
         assert report["shared"] <= aot.SHARED_LIMIT[report["capability"]], report
+        assert not report["beyond"], report
+        assert not report["undefined"], report
         if "bf" in calls and report["kernel"] in ("_lift_conv_kernel", "_lift_sums_kernel"):
             assert report["matrix"] == ("HGMMA" if report["capability"] == 90 else "HMMA"), report
 

@@ -230,3 +230,5 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
         # The backward kernel is a few registers too large: on sm_80, and with 64 channels on sm_90.
         assert r["spilled"] <= {80: 64, 90: 32 if wide else 0}[r["capability"]], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
+        assert not r["beyond"], r
+        assert not r["undefined"], r

@@ -38,7 +38,7 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Record:
     monkeypatch.setitem(_backend._modules, "triton", dict.fromkeys(_backend.OPS))
     monkeypatch.setitem(_backend._modules, "native", dict.fromkeys(_backend.OPS))
     record = Record(_proof.user_file(H100), H100)
-    record.launches[KEY] = launches.table()[f"sm80{KEY[4:]}"] | {"num_warps": 8}
+    record.launches[KEY] = launches.table()[f"sm80{KEY[4:]}"] | {"num_warps": 2}
     for op in _backend.OPS:
         for precision in _proof.PRECISIONS:
             record.check("triton", op, precision, check.Verdict(True, 0.5, None))
@@ -84,7 +84,7 @@ def _other_kernels(content: dict[str, Any]) -> None:
 
 
 def _other_launches(content: dict[str, Any]) -> None:
-    content["launches"][KEY]["num_warps"] = 2
+    content["launches"][KEY]["num_warps"] = 1
 
 
 def _failed(content: dict[str, Any]) -> None:

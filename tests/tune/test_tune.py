@@ -45,6 +45,7 @@ def test_every_kernel_has_a_launch_for_every_dtype_shape_and_device() -> None:
                 for capability in (80, 86, 89, 90, 100, 120, launches.INTERPRETER):
                     launch = launches.nearest(name, bits, shape, capability)
                     assert launch.keys() == kernel.fields.keys()
+                    assert launches.too_few_rows(name, launch, capability) is None
 
 
 def test_a_device_takes_the_highest_class_up_to_its_own() -> None:
@@ -53,8 +54,8 @@ def test_a_device_takes_the_highest_class_up_to_its_own() -> None:
 
     shipped = launches.table()["sm80 mlp_block_fwd 16 D32"]
     assert KEY not in launches.table()
-    with launches.installed({KEY: shipped | {"num_warps": 8}, f"sm120{KEY[4:]}": shipped}):
-        assert [warps(c) for c in (75, 80, 89, 90, 100, 120, 121)] == [4, 4, 4, 8, 8, 4, 4]
+    with launches.installed({KEY: shipped | {"num_warps": 2}, f"sm120{KEY[4:]}": shipped}):
+        assert [warps(c) for c in (75, 80, 89, 90, 100, 120, 121)] == [4, 4, 4, 2, 2, 4, 4]
     assert warps(90) == 4
 
 
@@ -68,13 +69,21 @@ def test_a_device_takes_the_highest_class_up_to_its_own() -> None:
         (KEY, {"BLOCK_M": 32}, "a field must be one of .*got 'BLOCK_M'; did you mean 'BLOCK_N'"),
         (KEY, {"num_warps": 3}, "num_warps must be one of 1, 2, 4, 8, got 3"),
         (KEY, {"num_warps": True}, "num_warps must be one of 1, 2, 4, 8, got True"),
-        (KEY, None, "needs the fields BLOCK_N, BLOCK_E, num_warps, num_stages, got None"),
+        (KEY, None, "needs the fields BLOCK_N, BLOCK_E, num_warps, num_stages, RESIDENT, got None"),
     ],
 )
 def test_what_is_no_launch_is_refused(key: str, change: Any, message: str) -> None:
     launch = None if change is None else launches.table()[f"sm80{KEY[4:]}"] | change
     with pytest.raises(ValueError, match=message):
         launches.install({key: launch})
+
+
+def test_hopper_is_not_given_more_warps_than_a_tile_has_rows_for() -> None:
+    key = "lift_sums 16 K64"
+    launch = launches.table()[f"sm80 {key}"] | {"BLOCK_M": 64, "num_warps": 8}
+    launches.validated({f"sm80 {key}": launch})
+    with pytest.raises(ValueError, match="8 warps need BLOCK_M of 128 or more on this class"):
+        launches.validated({f"sm90 {key}": launch})
 
 
 class Times:
