@@ -116,7 +116,7 @@ def main() -> None:
     }
     rows: dict[str, Any] = {}
     for name, build in CASES.items():
-        if options.names and not any(part in name for part in options.names):
+        if options.names and not any(asked in name for asked in options.names):
             continue
         rows[name] = row = measured(build())
         print(

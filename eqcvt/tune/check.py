@@ -85,17 +85,16 @@ class Judge:
         op: name of the op.
         precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"``.
         device: where the calls run.
-        draws: random draws of each call, whose numbers are compared as those of one.
     """
 
-    def __init__(self, op: str, precision: str, device: str, draws: int = DRAWS) -> None:
+    def __init__(self, op: str, precision: str, device: str) -> None:
         dtype, self._tf32, measure = _PRECISIONS[precision]
         self._calls: dict[str, list[Draw]] = {}
         with use_backend("reference"), tf32(False):
             for name, options in cases.CHECKED[op].items():
                 for training in (True, False):
                     label = f"{name}, {'training' if training else 'evaluation'}"
-                    for seed in range(1, draws + 1):
+                    for seed in range(1, DRAWS + 1):
                         torch.manual_seed(seed)
                         with torch.device(device):
                             call, inputs = cases.CALLS[op](training, **options)
@@ -111,7 +110,7 @@ class Judge:
         Raises:
             Unchecked: if the device has no room for them now.
         """
-        worst = 0.0
+        worst, served = 0.0, False
         with use_backend(backend), tf32(self._tf32):
             for label, draws in self._calls.items():
                 try:
@@ -122,6 +121,7 @@ class Judge:
                     if "out of memory" in str(error).lower():
                         raise Unchecked(first_line(error)) from error
                     return Verdict(False, math.inf, f"{label}: {first_line(error)}")
+                served = True
                 exact, reference = [d.exact for d in draws], [d.reference for d in draws]
                 for part, name in enumerate(("result", "gradient")):
                     rows = zip(
@@ -138,6 +138,8 @@ class Judge:
                             return Verdict(False, math.inf, f"{where}: {wrong}")
                         if found.allowed > 0:
                             worst = max(worst, found.error / found.allowed)
+        if not served:
+            return Verdict(False, math.inf, "it serves none of the calls")
         return Verdict(True, worst, None)
 
 

@@ -159,6 +159,24 @@ def test_weights_too_many_for_one_block_give_the_same(monkeypatch: pytest.Monkey
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.float16, 16)])
+@pytest.mark.parametrize("values", [False, True])
+def test_pairs_of_tiles_give_what_tiles_do(dtype: torch.dtype, bits: int, values: bool) -> None:
+    """Of keys in attention (without a running maximum: not in fp16) and in its query gradient."""
+    case = Attention(keys=131, batch=1, values=values, dtype=dtype)
+    names = [f"conv_attention_attend_{kernel} {bits} D32" for kernel in ("fwd", "bwd_queries")]
+    own = {f"sm90 {name}": launches.nearest(*name.split(" "), 90) for name in names}
+    found = []
+    for keys in (32, 64):
+        with launches.installed({name: launch | {"BLOCK_M": keys} for name, launch in own.items()}):
+            y, o, lse = conv_attention.attend(*case.forward(), dropout=0.2, save=True)
+            gradients = conv_attention.attend_backward(*case.backward(o, lse), dropout=0.2)
+        found.append([y, o, lse, *gradients])
+    for a, b in zip(*found, strict=True):
+        most = float(b.abs().max()) if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=0, atol=8 * torch.finfo(dtype).eps * most)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(16, 64), (32, 16)])
 def test_tiles_of_the_backward_kernels_need_not_fit(queries: int, keys: int) -> None:
     case = Attention(queries=37, batch=1, values=True)

@@ -146,6 +146,20 @@ def test_a_difference_within_the_noise_is_no_gain_and_time_can_be_up() -> None:
 
 
 @pytest.mark.needs("native")
+def test_what_a_backend_does_not_serve_is_left_out_unless_it_serves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = {"shape": (1, 16, 3, 3), "hidden": 7}
+    monkeypatch.setitem(cases.CHECKED, "mlp_block", {"small": {}, "other": other})
+    judge = check.Judge("mlp_block", "float32", "cpu")
+    module = _backend.module("mlp_block", "native", "cpu")
+    monkeypatch.setattr(module, "supports", lambda x, w1: "not 7" if len(w1) == 7 else None)
+    assert judge.verdict("native").passed
+    monkeypatch.setattr(module, "supports", lambda x, w1: "no")
+    assert judge.verdict("native")[::2] == (False, "it serves none of the calls")
+
+
+@pytest.mark.needs("native")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_kernels_are_judged_by_values_gradients_and_second_runs(
     precision: str, monkeypatch: pytest.MonkeyPatch
