@@ -66,6 +66,7 @@ class Paper:
         size: pixels a side.
         epochs, batch_size: the same for every run; the poster's recipe has 40 epochs.
         device: ``auto`` | ``cpu`` | ``cuda``; on a GPU training is in bfloat16 and graphed.
+        init: trained weights that every run starts from, by default none; of one model only.
     """
 
     out: Path = Path("paper")
@@ -79,6 +80,7 @@ class Paper:
     epochs: int = 40
     batch_size: int = 64
     device: str = "auto"
+    init: str | None = None
 
     def __post_init__(self) -> None:
         for what, given, allowed in (
@@ -118,6 +120,7 @@ class Paper:
                 "batch_size": self.batch_size,
                 "seed": seed,
                 "device": self.device,
+                "init": self.init,
                 **RECIPES[recipe],
                 "epochs": self.epochs,
                 **(ours if recipe == "ours" else {}),
@@ -338,6 +341,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = Paper.epochs,
     batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = Paper.batch_size,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:i")] = Paper.device,
+    init: Annotated[str | None, typer.Option(help="Go on from a trained model.")] = Paper.init,
     put: Annotated[bool, typer.Option("--ship", help="Put the best into eqcvt/weights.")] = False,
 ) -> None:
     """Make the paper's table, or go on making it."""
@@ -352,6 +356,7 @@ def main(
         epochs=epochs,
         batch_size=batch_size,
         device=device,
+        init=init,
     )
     screen = Console(width=None if Console().is_terminal else 160)
     content = run(paper, lambda text: screen.print(text, markup=False, soft_wrap=True))
