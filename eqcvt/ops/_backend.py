@@ -110,8 +110,11 @@ def _unproven(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
     """Return why the automatic choice leaves a backend out for want of a proof, or None."""
     if device.type != "cuda":
         return None
+    precision = _proof.precision_in_force(op, dtype)
+    if precision is None:
+        return f"GPU kernels are checked in {', '.join(_proof.PRECISIONS)}, not in {dtype}"
     index = torch.cuda.current_device() if device.index is None else device.index
-    reason = _prove.why_not(_proof.kind(index), op, backend, dtype)
+    reason = _prove.why_not(_proof.kind(index), op, backend, precision)
     return reason and f"{reason}; EQCVT_BACKEND={backend} takes it all the same"
 
 
@@ -185,8 +188,8 @@ def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
     """Return, for each op, device and backend, whether it can be used, is chosen, and why not.
 
     A backend that is available can still refuse a call, by its sizes or dtype; then the next one
-    is taken. GPU kernels that have not been checked yet are chosen if the check, at their first
-    use, finds them right.
+    is taken. GPU kernels are chosen precision by precision: those that have not been checked yet if
+    the check, at their first use, finds them right; the reason names those that it found wrong.
 
     Args:
         devices: device types; by default the CPU and, where there is one, CUDA.
@@ -199,23 +202,29 @@ def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
             chosen = False
             for backend in _candidates(device):
                 reason = None if backend == "reference" else _unavailable(backend, device)
-                available, unchecked = reason is None, False
+                available = take = reason is None
                 if available and backend != "reference" and device == "cuda":
-                    reason, unchecked = _standing(op, backend)
-                take = (reason is None or unchecked) and not chosen
-                rows.append(Choice(op, device, backend, available, take, reason))
+                    reason, take = _standing(op, backend)
+                rows.append(Choice(op, device, backend, available, take and not chosen, reason))
                 chosen = chosen or take
     return rows
 
 
 def _standing(op: str, backend: str) -> tuple[str | None, bool]:
-    """Return what a backend lacks to be proven on the GPUs here, and whether only a check."""
+    """Return what a backend lacks to be proven on the GPUs here, and whether it is taken.
+
+    It is in one precision if it is right there, or may be found so at its first use.
+    """
     for device in _proof.devices():
-        gap = _proof.gap(device, op, backend, _proof.PRECISIONS)
-        if gap is not None:
-            later = "the first use checks it" if gap.unchecked else "`eqcvt tune` checks it"
-            return f"{gap.reason}; {later}", gap.unchecked
-    return None, False
+        gaps = [_proof.gap(device, op, backend, each) for each in _proof.PRECISIONS]
+        wrong = [gap.reason for gap in gaps if gap is not None and not gap.unchecked]
+        unchecked = [gap.reason for gap in gaps if gap is not None and gap.unchecked]
+        if wrong:
+            reason = "; ".join(dict.fromkeys(wrong))
+            return f"{reason}; `eqcvt tune` checks it", len(wrong) < len(gaps)
+        if unchecked:
+            return f"{unchecked[0]}; the first use checks it", True
+    return None, True
 
 
 def choose(

@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +32,14 @@ log = logging.getLogger("eqcvt")
 
 FORMAT = 1
 VARIABLE = "EQCVT_TUNED"
-# What a call may compute in; of float32 PyTorch's own switches say which.
+# What a call may compute in; of float32 PyTorch's own switches say which, see precision_in_force.
 PRECISIONS_OF = {
     torch.float32: ("float32", "tf32"),
     torch.bfloat16: ("bfloat16",),
     torch.float16: ("float16",),
 }
 PRECISIONS = tuple(each for group in PRECISIONS_OF.values() for each in group)
+CONVOLUTIONS = ("lift", "token_embed")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -121,6 +121,19 @@ def identity(backend: str, launches: dict[str, dict[str, int]]) -> str:
         return sources(backend)
     text = sources(backend) + json.dumps(launches, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def precision_in_force(op: str, dtype: torch.dtype) -> str | None:
+    """Return what a call of an op computes in now, or None where no kernel is checked in that.
+
+    float32 is ``"tf32"`` where PyTorch's switch allows it: cuDNN's, which is on at first, for
+    convolutions, and that of matrix products, which is off, for the others.
+    """
+    if dtype == torch.float32:
+        backends: Any = torch.backends
+        switch = backends.cudnn.conv if op in CONVOLUTIONS else backends.cuda.matmul
+        return "tf32" if switch.fp32_precision == "tf32" else "float32"
+    return PRECISIONS_OF.get(dtype, (None,))[0]
 
 
 def key(backend: str, op: str, precision: str) -> str:
@@ -217,15 +230,15 @@ def tuned_launches() -> dict[str, dict[str, int]]:
     return launches
 
 
-def gap(device: Device, op: str, backend: str, precisions: Sequence[str]) -> Gap | None:
-    """Return what the files for a GPU lack to prove a backend's kernels of an op, or None.
+def gap(device: Device, op: str, backend: str, precision: str) -> Gap | None:
+    """Return what the files for a GPU lack to prove a backend's kernels in a precision, or None.
 
     Raises:
         FileNotFoundError: as :func:`found`.
         ValueError: as :func:`found`.
     """
     own = user_file(device)
-    gaps = {source.path: _gap(source, op, backend, precisions) for source in found(device)}
+    gaps = {source.path: _gap(source, op, backend, precision) for source in found(device)}
     if None in gaps.values():
         return None
     made_by_us = not os.environ.get(VARIABLE)
@@ -233,18 +246,15 @@ def gap(device: Device, op: str, backend: str, precisions: Sequence[str]) -> Gap
     return first._replace(unchecked=first.unchecked and made_by_us)
 
 
-def _gap(source: Source, op: str, backend: str, precisions: Sequence[str]) -> Gap | None:
+def _gap(source: Source, op: str, backend: str, precision: str) -> Gap | None:
     """Return what one file lacks to prove an op, or None."""
     if source.refused is not None:
         return Gap(f"{source.path} is not used: {source.refused}", False)
-    own = identity(backend, source.content["launches"])
-    for precision in precisions:
-        check = source.content["checks"].get(key(backend, op, precision))
-        if check is None:
-            return Gap(f"{source.path} has no check of it in {precision}", True)
-        if check.get("kernels") != own:
-            return Gap(f"{source.path} proves other kernels than these", True)
-        if check.get("passed") is not True:
-            reason = f"{source.path} found it wrong in {precision}: {check.get('reason')}"
-            return Gap(reason, False)
+    check = source.content["checks"].get(key(backend, op, precision))
+    if check is None:
+        return Gap(f"{source.path} has no check of it in {precision}", True)
+    if check.get("kernels") != identity(backend, source.content["launches"]):
+        return Gap(f"{source.path} proves other kernels than these", True)
+    if check.get("passed") is not True:
+        return Gap(f"{source.path} found it wrong in {precision}: {check.get('reason')}", False)
     return None

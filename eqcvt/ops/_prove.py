@@ -18,41 +18,42 @@ from eqcvt.ops import _proof
 
 log = logging.getLogger("eqcvt")
 
-# Seconds after which the process that checks is no longer waited for, and checks at a time.
+# Seconds after which the process that checks is no longer waited for.
 PATIENCE = 3600
-JOBS = 4
+# Processes that compile and check at a time, and bytes of the GPU's memory that each may want.
+JOBS = 8
+ROOM = 2 << 30
 
 _tried: dict[tuple[_proof.Device, str, tuple[str, ...]], str] = {}
 
 
 @functools.cache
-def why_not(device: _proof.Device, op: str, backend: str, dtype: torch.dtype) -> str | None:
+def why_not(device: _proof.Device, op: str, backend: str, precision: str) -> str | None:
     """Return why a backend's kernels of an op are not proven on a kind of GPU, or None.
 
-    Those without a verdict are checked first, which may take minutes, once per machine.
+    Those without a verdict are checked first, which may take minutes, once per machine; of float32
+    with TF32 and without, for one step wants both.
 
     Raises:
         FileNotFoundError: if EQCVT_TUNED names a file that is not there.
         ValueError: if it names one that ``eqcvt tune`` did not write.
     """
-    precisions = _proof.PRECISIONS_OF.get(dtype)
-    if precisions is None:
-        return f"GPU kernels are checked in {', '.join(_proof.PRECISIONS)}, not in {dtype}"
-    gap = _proof.gap(device, op, backend, precisions)
+    gap = _proof.gap(device, op, backend, precision)
     advice = "`eqcvt tune` checks them"
     if gap is not None and gap.unchecked:
-        problem = _check(device, op, backend, precisions)
-        gap = _proof.gap(device, op, backend, precisions)
+        problem = _check(device, op, backend, precision)
+        gap = _proof.gap(device, op, backend, precision)
         if gap is not None and gap.unchecked:
             advice = f"the check could not be made: {problem}"
     return None if gap is None else f"{gap.reason}; {advice}"
 
 
-def _check(device: _proof.Device, op: str, backend: str, precisions: tuple[str, ...]) -> str:
+def _check(device: _proof.Device, op: str, backend: str, precision: str) -> str:
     """Check a backend's kernels of every op, or wait for the process or thread that does.
 
     Tried once in a process, unless it was interrupted. Returns the last that the check said.
     """
+    precisions = next(each for each in _proof.PRECISIONS_OF.values() if precision in each)
     tried = (device, backend, precisions)
     if tried in _tried:
         return _tried[tried]
@@ -68,7 +69,7 @@ def _check(device: _proof.Device, op: str, backend: str, precisions: tuple[str, 
             lock.acquire(timeout=PATIENCE)
         try:
             _proof.found.cache_clear()
-            gap = _proof.gap(device, op, backend, precisions)
+            gap = _proof.gap(device, op, backend, precision)
             if gap is not None and gap.unchecked:
                 said = _run(path, device, backend, precisions)
         finally:
@@ -91,7 +92,7 @@ def _run(path: Path, device: _proof.Device, backend: str, precisions: tuple[str,
     start = time.monotonic()
     command = [sys.executable, "-m", "eqcvt", "tune", "--check-only", "--backend", backend]
     command += [part for each in precisions for part in ("--precision", each)]
-    command += ["--jobs", str(min(JOBS, usable_cores())), "--out", str(path)]
+    command += ["--jobs", str(_jobs(device)), "--out", str(path)]
     said = ""
     run = subprocess.Popen(
         command,
@@ -133,10 +134,21 @@ def _environment(device: _proof.Device) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in left_out} | ours
 
 
+def _jobs(device: _proof.Device) -> int:
+    """Return how many processes may check at a time: by the cores, and the memory that is free."""
+    free, _ = torch.cuda.mem_get_info(_index(device))
+    return max(1, min(JOBS, usable_cores(), free // ROOM))
+
+
+def _index(device: _proof.Device) -> int:
+    """Return the number of a GPU of this kind: the current one, if it is."""
+    order: list[int] = [torch.cuda.current_device(), *range(torch.cuda.device_count())]
+    return next(i for i in order if _proof.kind(i) == device)
+
+
 def _visible(device: _proof.Device) -> str:
     """Return CUDA_VISIBLE_DEVICES of a process that is to see one GPU of this kind."""
-    order = [torch.cuda.current_device(), *range(torch.cuda.device_count())]
-    index = next(i for i in order if _proof.kind(i) == device)
+    index = _index(device)
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     # Set after torch had looked at it, the list is not the one that torch counts by.
     return named[index] if index < len(named) and named[index] else str(index)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from filelock import FileLock, Timeout
 from eqcvt import _check
 from eqcvt.ops import _backend, _proof
 from eqcvt.tune import cases
-from eqcvt.tune.check import Judge, Unchecked, Verdict, apart, tf32
+from eqcvt.tune.check import Judge, Unchecked, Verdict, apart, tf32, together
 from eqcvt.tune.record import Record
 from eqcvt.tune.search import CudaTimer, Timer, decided, descend, entries_used
 
 BACKENDS = ("triton", "native")
+# Calls that one process checks: it starts in seconds, and compiles their kernels for longer.
+_CALLS = 2
 # Launches are by bits: one dtype of each is timed, and all are checked.
 _TIMED = {torch.bfloat16: ("bfloat16", "float16"), torch.float32: ("float32", "tf32")}
 
@@ -82,7 +84,7 @@ def run(
         check_only: whether to leave launches as they are.
         again: whether to do what the file says is done.
         minutes: after how many no further candidate is tried.
-        jobs: checks at a time, each a process of its own that compiles and takes its share of the
+        jobs: processes at a time that check a few calls each, compile and take their share of the
             GPU's memory; 0 for all in this process.
         watcher: is told what happens.
         timer: measures kernels; by default with CUDA events.
@@ -161,18 +163,21 @@ def _check_all(
     todo = [(backend, op, p) for op in ops for p in precisions for backend in backends]
     todo = [each for each in todo if again or not record.checked(*each)]
     watcher.begin("checking", len(todo))
-
-    def check(backend: str, op: str, precision: str) -> Verdict:
-        if jobs:
-            return apart(op, precision, backend, device, record.launches)
-        return Judge(op, precision, device).verdict(backend)
-
     pool = ThreadPoolExecutor(jobs or 1)
+
+    def begin(backend: str, op: str, precision: str) -> list[Future[Verdict]]:
+        names = list(cases.CHECKED[op])
+        parts = [names[i : i + _CALLS] for i in range(0, len(names), _CALLS)]
+        if not jobs:
+            return [pool.submit(lambda: Judge(op, precision, device).verdict(backend))]
+        asked = (op, precision, backend, device, record.launches)
+        return [pool.submit(apart, *asked, part) for part in parts]
+
     failures = []
     try:
-        for each, future in [(each, pool.submit(check, *each)) for each in todo]:
+        for each, parts in [(each, begin(*each)) for each in todo]:
             try:
-                verdict = future.result()
+                verdict = together([part.result() for part in parts])
             except Unchecked as error:
                 failures.append(error)
                 watcher.note(str(error))

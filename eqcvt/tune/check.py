@@ -1,7 +1,7 @@
 """Whether a backend's kernels of an op are as right as plain PyTorch in one precision.
 
-``python -m eqcvt.tune.check`` makes one check in a process of its own: a kernel that breaks the
-device, or the process, spoils no other check.
+``python -m eqcvt.tune.check`` makes the check of some calls in a process of its own: a kernel that
+breaks the device, or the process, spoils no other check, and several compile at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -51,11 +51,27 @@ class Unchecked(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """Whether all results passed; the largest error over the one allowed; what was wrong."""
+    """Whether all results passed; the largest error over the one allowed; what was wrong.
+
+    ``served`` is whether the backend took any of the calls; where it took none, none passed.
+    """
 
     passed: bool
     error: float
     reason: str | None
+    served: bool = True
+
+
+UNSERVED = Verdict(False, math.inf, "it serves none of the calls", served=False)
+
+
+def together(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on all calls from those on some of them each: the first that is wrong."""
+    served = [verdict for verdict in verdicts if verdict.served]
+    wrong = next((verdict for verdict in served if not verdict.passed), None)
+    if wrong is not None or not served:
+        return wrong or UNSERVED
+    return Verdict(True, max(verdict.error for verdict in served), None)
 
 
 @contextmanager
@@ -85,13 +101,17 @@ class Judge:
         op: name of the op.
         precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"``.
         device: where the calls run.
+        calls: names of calls in ``cases.CHECKED``, by default all of the op's.
     """
 
-    def __init__(self, op: str, precision: str, device: str) -> None:
+    def __init__(
+        self, op: str, precision: str, device: str, calls: Sequence[str] | None = None
+    ) -> None:
         dtype, self._tf32, measure = _PRECISIONS[precision]
         self._calls: dict[str, list[Draw]] = {}
         with use_backend("reference"), tf32(False):
-            for name, options in cases.CHECKED[op].items():
+            for name in cases.CHECKED[op] if calls is None else calls:
+                options = cases.CHECKED[op][name]
                 for training in (True, False):
                     label = f"{name}, {'training' if training else 'evaluation'}"
                     for seed in range(1, DRAWS + 1):
@@ -138,9 +158,7 @@ class Judge:
                             return Verdict(False, math.inf, f"{where}: {wrong}")
                         if found.allowed > 0:
                             worst = max(worst, found.error / found.allowed)
-        if not served:
-            return Verdict(False, math.inf, "it serves none of the calls")
-        return Verdict(True, worst, None)
+        return Verdict(True, worst, None) if served else UNSERVED
 
 
 def _stacked(draws: list[cases.Results], part: int) -> list[Tensor]:
@@ -155,9 +173,14 @@ def first_line(error: Any) -> str:
 
 
 def apart(
-    op: str, precision: str, backend: str, device: str, launches: dict[str, dict[str, int]]
+    op: str,
+    precision: str,
+    backend: str,
+    device: str,
+    launches: dict[str, dict[str, int]],
+    calls: Sequence[str],
 ) -> Verdict:
-    """Return the verdict on kernels with these launches, found by another process.
+    """Return the verdict on kernels with these launches in some calls, found by another process.
 
     A process that crashes is one on the kernels too.
 
@@ -168,7 +191,7 @@ def apart(
     what = f"{op} by {backend} in {precision}"
     try:
         run = subprocess.run(
-            [sys.executable, "-m", "eqcvt.tune.check", op, precision, backend, device],
+            [sys.executable, "-m", "eqcvt.tune.check", op, precision, backend, device, *calls],
             input=json.dumps(launches),
             env={**os.environ, _proof.VARIABLE: "none"},
             capture_output=True,
@@ -179,15 +202,15 @@ def apart(
         raise Unchecked(f"{what} had not been checked after {LIMIT} s") from None
     lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines() or [""]
     if run.returncode == 0:
-        passed, error, reason = json.loads(lines[-1])
-        return Verdict(passed, math.inf if error is None else error, reason)
+        passed, error, reason, served = json.loads(lines[-1])
+        return Verdict(passed, math.inf if error is None else error, reason, served)
     if -run.returncode in _CRASHES:
         return Verdict(False, math.inf, f"its process died of signal {-run.returncode}")
     why = lines[-1] or f"its process ended with {run.returncode}"
     raise Unchecked(f"{what} could not be checked: {why}")
 
 
-def _main(op: str, precision: str, backend: str, device: str) -> None:
+def _main(op: str, precision: str, backend: str, device: str, *calls: str) -> None:
     from eqcvt.kernels import launches
 
     if why := _backend._unavailable(backend, device):
@@ -197,8 +220,8 @@ def _main(op: str, precision: str, backend: str, device: str) -> None:
 
         driver.active.get_current_target()  # compiled by the C compiler, where there is one
     launches.install(json.load(sys.stdin))
-    passed, error, reason = Judge(op, precision, device).verdict(backend)
-    print(json.dumps([passed, error if passed else None, reason]))
+    passed, error, reason, served = Judge(op, precision, device, calls).verdict(backend)
+    print(json.dumps([passed, error if passed else None, reason, served]))
 
 
 if __name__ == "__main__":

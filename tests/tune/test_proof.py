@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from eqcvt import ops
 from eqcvt.kernels import launches
 from eqcvt.ops import _backend, _proof, _prove
-from eqcvt.tune import check
+from eqcvt.tune import cases, check
 from eqcvt.tune.record import Record
 from tests.tune.conftest import H100, KEY
 
@@ -33,6 +34,7 @@ def proof(monkeypatch: pytest.MonkeyPatch) -> Record:
     monkeypatch.setattr(_proof, "devices", lambda: [H100])
     monkeypatch.setattr(_proof, "kind", lambda index: H100)
     monkeypatch.setattr(_prove, "_visible", lambda device: "")
+    monkeypatch.setattr(_prove, "_jobs", lambda device: 3)
     for name in ("triton", "native"):
         monkeypatch.setitem(_backend._REASONS, name, lambda device: None)
     monkeypatch.setitem(_backend._modules, "triton", dict.fromkeys(_backend.OPS))
@@ -50,7 +52,7 @@ def _chosen(op: str = "lift", dtype: torch.dtype = torch.float32, index: int = 0
 
 
 def _why_not(backend: str = "triton", device: _proof.Device = H100) -> str:
-    return _prove.why_not(device, "lift", backend, torch.float32) or ""
+    return _prove.why_not(device, "lift", backend, "tf32") or ""
 
 
 def test_the_automatic_choice_goes_by_the_proof(proof: Record) -> None:
@@ -64,6 +66,61 @@ def test_the_automatic_choice_goes_by_the_proof(proof: Record) -> None:
     assert _proof.report()[0]["state"] == "in use"
     rows = ops.explain(("cuda",))
     assert {row.backend for row in rows if row.chosen} == {"triton"}
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """Put PyTorch's switches of float32 products back."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, convolution.fp32_precision
+    yield
+    matmul.fp32_precision, convolution.fp32_precision = before
+
+
+@pytest.mark.usefixtures("switches")
+def test_float32_goes_by_the_proof_of_the_precision_that_its_switch_asks_for(proof: Record) -> None:
+    for op in _backend.OPS:
+        proof.check("triton", op, "float32", check.Verdict(False, 2.0, "error 2 exceeds 1"))
+    proof.save()
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    found = {op: _chosen(op) for op in _backend.OPS}
+    assert found == {
+        "lift": "triton",
+        "token_embed": "triton",
+        "conv_attention": "reference",
+        "mlp_block": "reference",
+    }
+    rows = [row for row in ops.explain(("cuda",)) if row.backend == "triton"]
+    assert all(row.chosen and "wrong in float32: error 2" in (row.reason or "") for row in rows)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    other = {op: _chosen(op) for op in _backend.OPS}
+    assert all(other[op] != found[op] for op in _backend.OPS)
+
+
+@pytest.mark.needs("triton-package")
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_kernels_read_the_switch_that_their_proof_goes_by(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def precision(convolution: bool = False) -> str:
+        asked.append(convolution)
+        return "ieee"
+
+    small: dict[str, tuple[int, ...]] = {"lift": (1, 1, 9, 9), "token_embed": (1, 2, 5, 5)}
+    with ops.use_backend("triton"):
+        step = cases.step(op, {"shape": small.get(op, (1, 16, 3, 3))}, True, torch.empty(0))
+        step()  # imports the kernels
+        kernels = [m for n, m in sys.modules.items() if n.startswith("eqcvt.kernels.")]
+        for module in kernels:
+            if hasattr(module, "precision"):
+                monkeypatch.setattr(module, "precision", precision)
+        step()
+    assert set(asked) == {op in _proof.CONVOLUTIONS}
 
 
 def _other_device(content: dict[str, Any]) -> None:

@@ -156,7 +156,32 @@ def test_what_a_backend_does_not_serve_is_left_out_unless_it_serves_nothing(
     monkeypatch.setattr(module, "supports", lambda x, w1: "not 7" if len(w1) == 7 else None)
     assert judge.verdict("native").passed
     monkeypatch.setattr(module, "supports", lambda x, w1: "no")
-    assert judge.verdict("native")[::2] == (False, "it serves none of the calls")
+    assert judge.verdict("native") == check.UNSERVED
+
+
+def test_parts_of_a_check_make_one_verdict() -> None:
+    right, better = check.Verdict(True, 0.5, None), check.Verdict(True, 0.25, None)
+    wrong = check.Verdict(False, 2.0, "result 0: error 2 exceeds 1")
+    assert check.together([better, check.UNSERVED, right]) == right
+    assert check.together([right, wrong, check.UNSERVED]) == wrong
+    assert check.together([check.UNSERVED, check.UNSERVED]) == check.UNSERVED
+
+
+def test_every_call_is_checked_by_one_of_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def apart(op: str, *rest: Any) -> check.Verdict:
+        seen.extend((op, call) for call in rest[-1])
+        served = not (op == "conv_attention" and "5x5" in rest[-1])
+        return check.Verdict(True, 0.5, None) if served else check.UNSERVED
+
+    monkeypatch.setattr(tune, "apart", apart)
+    options = {"backends": ["triton"], "precisions": ["bfloat16"], "check_only": True}
+    record = tune.run(tmp_path / "tuned.json", H100, jobs=3, device="cpu", **options)
+    assert sorted(seen) == sorted((op, c) for op in _backend.OPS for c in cases.CHECKED[op])
+    assert all(record.checked("triton", op, "bfloat16") for op in _backend.OPS)
 
 
 @pytest.mark.needs("native")
@@ -190,10 +215,10 @@ def test_kernels_are_judged_by_values_gradients_and_second_runs(
 
 @pytest.mark.needs("native")
 def test_a_check_is_made_by_a_process_of_its_own() -> None:
-    verdict = check.apart("mlp_block", "float32", "native", "cpu", {})
+    verdict = check.apart("mlp_block", "float32", "native", "cpu", {}, ["small"])
     assert verdict.passed, verdict.reason
     with pytest.raises(check.Unchecked, match="cannot serve mlp_block on meta"):
-        check.apart("mlp_block", "float16", "native", "meta", {})
+        check.apart("mlp_block", "float16", "native", "meta", {}, ["small"])
 
 
 def test_a_crash_is_a_verdict_and_what_comes_from_outside_is_none(
@@ -201,16 +226,15 @@ def test_a_crash_is_a_verdict_and_what_comes_from_outside_is_none(
 ) -> None:
     died = subprocess.CompletedProcess([], -signal.SIGSEGV, "", "")
     monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: died)
-    assert (
-        check.apart("lift", "tf32", "triton", "cuda", {}).reason == "its process died of signal 11"
-    )
+    asked = ("lift", "tf32", "triton", "cuda", {}, ["small"])
+    assert check.apart(*asked).reason == "its process died of signal 11"
     died.returncode = -signal.SIGKILL  # as a system does that has no memory left
     with pytest.raises(check.Unchecked, match=r"lift by triton in tf32 could not .* with -9"):
-        check.apart("lift", "tf32", "triton", "cuda", {})
+        check.apart(*asked)
     monkeypatch.undo()
     monkeypatch.setattr(check, "LIMIT", 0.01)
     with pytest.raises(check.Unchecked, match="had not been checked after"):
-        check.apart("mlp_block", "float32", "native", "cpu", {})
+        check.apart("mlp_block", "float32", "native", "cpu", {}, ["small"])
 
 
 @triton
