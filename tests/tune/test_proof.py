@@ -176,10 +176,12 @@ def _other_format(content: dict[str, Any]) -> None:
 )
 def test_a_proof_of_something_else_is_refused_with_its_reason(
     proof: Record,
+    checks: Checks,
     change: Callable[[dict[str, Any]], None],
     reason: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    checks.returncode = 2  # and none can be made
     change(proof.content)
     proof.save()
     assert _chosen() == "reference"
@@ -191,8 +193,9 @@ def test_a_proof_of_something_else_is_refused_with_its_reason(
 
 
 def test_changed_kernels_take_neither_launches_nor_proof(
-    proof: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checks: Checks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    proof, checks.returncode = checks.proof, 2
     proof.save()
     monkeypatch.setattr(_proof, "sources", lambda backend: "fedcba9876543210")
     assert _chosen() == "reference"

@@ -274,6 +274,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "CHECKED", {"mlp_block": {"small": options}})
     monkeypatch.setattr(cases, "TIMED", {"mlp_block": [(options, True)]})
     monkeypatch.setattr(tune, "_TIMED", {torch.float32: ("float32",)})
+    monkeypatch.setattr(check, "DRAWS", 1)
     monkeypatch.setattr(_proof, "PRECISIONS", ("float32",))
     monkeypatch.setattr(_backend, "OPS", ("mlp_block",))
 
