@@ -106,14 +106,18 @@ KERNELS = {
         {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "token_embed_fwd": Kernel(
-        {"BLOCK_P": TILE, "BLOCK_K": (16, 32, 64), **WARPS, **STAGES}, WIDTHS
+        {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES}, WIDTHS
     ),
     "token_embed_bwd": Kernel(
-        {"BLOCK_P": TILE, "BLOCK_K": (16, 32, 64), "BLOCK_F": TILE, **WARPS, **STAGES, **RESIDENT},
+        {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES, **RESIDENT},
         WIDTHS,
+        rows="BLOCK_P",
+    ),
+    "token_embed_bwd_filters": Kernel(
+        {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS
     ),
     "token_embed_bwd_input": Kernel(
-        {"BLOCK_P": TILE, "BLOCK_C": (16, 32, 64), **WARPS, **STAGES}, WIDTHS
+        {"BLOCK_P": (*TILE, 256), "BLOCK_C": (16, 32, 64), **WARPS, **STAGES}, WIDTHS
     ),
     "sum_rows": Kernel(
         {"BLOCK_ROWS": (32, 64, 128, 256), "BLOCK_COLUMNS": TILE, **WARPS}, COLUMNS, bits=(32,)

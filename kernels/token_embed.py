@@ -3,8 +3,9 @@ r"""Fused Triton kernels of the token embedding: a strided convolution and its l
 .. math:: y[p] = \mathrm{LN}(u[p]), \quad u[p, d] = c[d]
     + \sum_{cij} w[d, cij] \, x[c, p s + (i, j) - \mathrm{padding}]
 
-The convolution is a product of the filters with patches that are gathered on load and never
-stored. The gradient recomputes it from ``x``.
+The convolution is a product of patches, gathered on load and never stored, with the filters. The
+gradient recomputes it from ``x``. Rows of tiles are tokens: all channels of one lie in one warp,
+where the norm sums them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from torch import Tensor
 
 from . import launches
 from .common import padded, precision, programs, refusal, sum_rows
+from .layer_norm import normalise, normalise_backward
 
 __all__ = ["backward", "forward", "supports"]
 
 LARGEST_WIDTH = 128
+# Where no axis of a tile is contiguous in memory, Triton spreads the threads along the first, and
+# from 3.7 on along the last.
+LANES_LAST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
 
 
 def supports(x: Tensor, filters: Tensor) -> str | None:
@@ -39,27 +44,117 @@ def _lines(x: Tensor, size: int, stride: int, padding: int) -> tuple[int, int]:
     return rows, columns
 
 
+def _blocks(launch: dict[str, int], filters: Tensor) -> dict[str, int]:
+    """Return how many of a filter's weights one block has, of how many taps, and how many blocks.
+
+    A block is TAPS taps of BLOCK_K // TAPS channels: all channels where they are few, else one tap.
+    """
+    channels, taps = filters.shape[1], filters[0, 0].numel()
+    block = min(launch["BLOCK_K"], padded(channels * taps))
+    together = min(taps, max(1, block // channels))
+    blocks = triton.cdiv(taps, together) * triton.cdiv(channels, block // together)
+    return launch | {"BLOCK_K": block, "TAPS": together, "BLOCKS": blocks}
+
+
+@triton.jit
+def _weights(block, C: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, TAPS: tl.constexpr):
+    """Return channels and taps (i SIZE + j) of the weights of a block, and which of them exist."""
+    o_k = tl.arange(0, BLOCK_K)
+    chunks: tl.constexpr = (C + BLOCK_K // TAPS - 1) // (BLOCK_K // TAPS)
+    c = block % chunks * (BLOCK_K // TAPS) + o_k // TAPS
+    tap = block // chunks * TAPS + o_k % TAPS
+    return c, tap, (c < C) & (tap < SIZE * SIZE)
+
+
+@triton.jit
+def _lanes(values):
+    """Lay values along the axis of a tile that threads are spread along."""
+    return values[None, :] if LANES_LAST else values[:, None]
+
+
+@triton.jit
+def _others(values):
+    """Lay values along the other axis of the tile."""
+    return values[:, None] if LANES_LAST else values[None, :]
+
+
+@triton.jit
+def _lanes_first(tile):
+    """Turn a tile of threads along their axis into rows of that axis, or back."""
+    return tl.trans(tile) if LANES_LAST else tile
+
+
 @triton.jit
 def _patches(
     x_ptr,
-    o_k,
+    block,
     o_p,
-    pixels,
-    C,
     H,
     W,
+    OH,
     OW,
+    C: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr,
 ):
-    """Gather ``[k, p]``: weight k = (c, i, j) of the filters meets this value at output pixel p."""
-    c = o_k // (SIZE * SIZE)
-    row = (o_p // OW * STRIDE - PADDING)[None, :] + (o_k // SIZE % SIZE)[:, None]
-    column = (o_p % OW * STRIDE - PADDING)[None, :] + (o_k % SIZE)[:, None]
-    mask = (c < C)[:, None] & (o_p < pixels)[None, :]
-    mask &= (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    return tl.load(x_ptr + c[:, None] * (H * W) + row * W + column, mask=mask, other=0.0)
+    """Gather ``[p, k]``: weight k of a block of the filters meets this value at output pixel p.
+
+    Threads are spread along pixels. From BLOCK_P = 32 num_warps on, every thread has all weights of
+    one pixel: what depends on k is a constant of its code, what depends on p is found once, and a
+    value costs an address, a load and a store to shared memory.
+    """
+    c, tap, m_k = _weights(block, C, SIZE, BLOCK_K, TAPS)
+    i = tap // SIZE
+    j = tap % SIZE
+    top = o_p // OW * STRIDE - PADDING
+    left = o_p % OW * STRIDE - PADDING
+    row = _lanes(top) + _others(i)
+    column = _lanes(left) + _others(j)
+    mask = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    mask &= _lanes(o_p < OH * OW) & _others(m_k)
+    corner_ptr = x_ptr + (top * W + left)
+    x = tl.load(_lanes(corner_ptr) + _others(c * (H * W) + i * W + j), mask=mask, other=0.0)
+    return _lanes_first(x)
+
+
+@triton.jit
+def _add_block(
+    u,
+    x_ptr,
+    filters_ptr,
+    block,
+    o_p,
+    H,
+    W,
+    OH,
+    OW,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add one block of the filters' weights to the convolution; return also the patches."""
+    x = _patches(
+        x_ptr, block, o_p, H, W, OH, OW, C, STRIDE, PADDING, SIZE, BLOCK_K, TAPS
+    )  # [BLOCK_P, BLOCK_K]
+    c, tap, m_k = _weights(block, C, SIZE, BLOCK_K, TAPS)
+    o_d = tl.arange(0, BLOCK_D)
+    w = tl.load(
+        filters_ptr + _lanes(c * (SIZE * SIZE) + tap) + _others(o_d * (C * SIZE * SIZE)),
+        mask=_lanes(m_k) & _others(o_d < D),
+        other=0.0,
+    )
+    w = _lanes_first(w.to(x.dtype))  # [BLOCK_K, BLOCK_D]
+    u = tl.dot(x, w, u, input_precision=PRECISION)
+    return u, x
 
 
 @triton.jit
@@ -68,11 +163,11 @@ def _convolve(
     filters_ptr,
     bias_ptr,
     o_p,
-    pixels,
-    C,
     H,
     W,
+    OH,
     OW,
+    C: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     SIZE: tl.constexpr,
@@ -80,31 +175,77 @@ def _convolve(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return the convolution plus bias at one tile of output pixels, ``[BLOCK_D, BLOCK_P]``."""
+    """Return convolution plus bias at one tile ``[BLOCK_P, BLOCK_D]``, and block 0's patches."""
     o_d = tl.arange(0, BLOCK_D)
-    taps = C * SIZE * SIZE
-    u = tl.zeros([BLOCK_D, BLOCK_P], tl.float32)
-    for first in tl.range(0, taps, BLOCK_K, num_stages=1):
-        o_k = first + tl.arange(0, BLOCK_K)
-        x = _patches(x_ptr, o_k, o_p, pixels, C, H, W, OW, STRIDE, PADDING, SIZE)
-        w = tl.load(
-            filters_ptr + o_d[:, None] * taps + o_k[None, :],
-            mask=(o_d < D)[:, None] & (o_k < taps)[None, :],
-            other=0.0,
+    u = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    u, x = _add_block(
+        u,
+        x_ptr,
+        filters_ptr,
+        0,
+        o_p,
+        H,
+        W,
+        OH,
+        OW,
+        C,
+        STRIDE,
+        PADDING,
+        SIZE,
+        D,
+        BLOCK_D,
+        BLOCK_K,
+        TAPS,
+        PRECISION,
+    )
+    for block in tl.range(1, BLOCKS, num_stages=1):
+        u, _x = _add_block(
+            u,
+            x_ptr,
+            filters_ptr,
+            block,
+            o_p,
+            H,
+            W,
+            OH,
+            OW,
+            C,
+            STRIDE,
+            PADDING,
+            SIZE,
+            D,
+            BLOCK_D,
+            BLOCK_K,
+            TAPS,
+            PRECISION,
         )
-        u = tl.dot(w.to(x.dtype), x, u, input_precision=PRECISION)
-    return u + tl.load(bias_ptr + o_d, mask=o_d < D, other=0.0)[:, None]
+    return u + tl.load(bias_ptr + o_d, mask=o_d < D, other=0.0)[None, :], x
 
 
 @triton.jit
-def _normalise(u, m_d, eps, D: tl.constexpr):
-    """Return the columns of ``u`` (0 beyond D) with mean 0 and variance 1, and 1 / deviation."""
-    mean = tl.sum(u, 0) / D
-    centred = tl.where(m_d[:, None], u - mean[None, :], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    return centred * rstd[None, :], rstd
+def _store_filters(
+    out_ptr,
+    dfilters,
+    block,
+    C: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """Store one block ``[BLOCK_K, BLOCK_D]`` of the filters' gradient in the filters' order."""
+    c, tap, m_k = _weights(block, C, SIZE, BLOCK_K, TAPS)
+    o_d = tl.arange(0, BLOCK_D)
+    tl.store(
+        out_ptr + _lanes(c * (SIZE * SIZE) + tap) + _others(o_d * (C * SIZE * SIZE)),
+        _lanes_first(dfilters),
+        mask=_lanes(m_k) & _others(o_d < D),
+    )
 
 
 @triton.jit
@@ -116,11 +257,11 @@ def _token_embed_fwd_kernel(
     norm_bias_ptr,
     y_ptr,
     eps,
-    C,
     H,
     W,
     OH,
     OW,
+    C: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     SIZE: tl.constexpr,
@@ -128,17 +269,19 @@ def _token_embed_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute BLOCK_P tokens of one image, all channels.
 
-    One program owns a tile whose columns are output pixels::
+    One program owns a tile whose rows are output pixels::
 
-        filters [D, C SIZE^2]  x  patches [C SIZE^2, BLOCK_P]  -> u -> LN over each column -> y
+        patches [BLOCK_P, C SIZE^2]  x  filters [C SIZE^2, D]  -> u -> LN over each row -> y
 
     The weights of the filters are walked over BLOCK_K at a time. Bytes: the image once and D
     numbers per token, 0.023 ms at batch 128, 10 x 121 x 121 to 32 x 61 x 61; 2 C SIZE^2 D
-    operations on the tensor cores per token (2.7 GFLOP). Accumulates in fp32, weights in order.
+    operations on the tensor cores per token (2.7 GFLOP). Accumulates in fp32, blocks in order.
     """
     pixels = OH * OW
     tiles = tl.cdiv(pixels, BLOCK_P)
@@ -146,16 +289,16 @@ def _token_embed_fwd_kernel(
     o_p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    u = _convolve(
+    u, _x = _convolve(
         x_ptr + i_b * C * H * W,
         filters_ptr,
         bias_ptr,
         o_p,
-        pixels,
-        C,
         H,
         W,
+        OH,
         OW,
+        C,
         STRIDE,
         PADDING,
         SIZE,
@@ -163,16 +306,18 @@ def _token_embed_fwd_kernel(
         BLOCK_D,
         BLOCK_P,
         BLOCK_K,
+        TAPS,
+        BLOCKS,
         PRECISION,
     )
-    unit, _rstd = _normalise(u, m_d, eps, D)
+    unit, _rstd = normalise(u, m_d, eps, D)
     norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
     norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
-    y = unit * norm_weight[:, None] + norm_bias[:, None]
+    y = unit * norm_weight[None, :] + norm_bias[None, :]
     tl.store(
-        y_ptr + i_b * pixels * D + o_p[None, :] * D + o_d[:, None],
+        y_ptr + i_b * pixels * D + o_p[:, None] * D + o_d[None, :],
         y.to(y_ptr.dtype.element_ty),
-        mask=m_d[:, None] & (o_p < pixels)[None, :],
+        mask=(o_p < pixels)[:, None] & m_d[None, :],
     )
 
 
@@ -187,11 +332,11 @@ def _token_embed_bwd_kernel(
     parts_ptr,
     eps,
     tiles,
-    C,
     H,
     W,
     OH,
     OW,
+    C: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     SIZE: tl.constexpr,
@@ -199,53 +344,52 @@ def _token_embed_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    INPUT_GRADIENT: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Recompute the convolution, undo the layer norm, and sum the parameters' gradients.
 
-    Program (i, j) owns the i-th run of the batch's ``tiles`` of BLOCK_P tokens, and of the filters'
-    gradient BLOCK_F weights of all channels::
+    One program owns a run of the batch's ``tiles`` of BLOCK_P tokens, and one row of ``parts``::
 
-        patches -> u -> LN -> du = LN'(dy)        [D, BLOCK_P]
-        patches of weights j ---------^ du patches^T -> dfilters  [D, BLOCK_F]
+        patches -> u -> LN -> du = LN'(dy)                    [BLOCK_P, D]
+           `------------------ du^T patches -> dfilters       [D, C SIZE^2]
 
-    j has one value up to BLOCK_F weights, so ``x`` is read once, or twice from L1; beyond, every j
-    recomputes ``du``. j = 0 writes ``du`` (for the input's gradient) and the vectors' sums.
-    ``parts`` is ``[runs, D C SIZE^2 + 3 D]``: dfilters, dbias, dnorm_weight, dnorm_bias. Bytes: the
-    image once, D numbers per token, and D more for ``du``; 0.023 to 0.033 ms at batch 128, 10 x 121
-    x 121 to 32 x 61 x 61. Accumulates in fp32, tiles in order.
+    If the filters' weights are one block, the patches are at hand and ``dfilters`` is summed here;
+    else ``du`` is stored for another kernel, as it is for the input's gradient. ``parts`` is
+    ``[runs, (D C SIZE^2) + 3 D]``: dfilters if summed here, dbias, dnorm_weight, dnorm_bias. Bytes:
+    the image once, D numbers per token, and D more for ``du``; 0.023 to 0.033 ms at batch 128, 10 x
+    121 x 121 to 32 x 61 x 61. Accumulates in fp32, tiles in order.
     """
-    i_p = tl.program_id(0).to(tl.int64)
-    begin = i_p * tiles // tl.num_programs(0)
-    end = (i_p + 1) * tiles // tl.num_programs(0)
+    i_p = tl.program_id(0)
+    begin = (i_p.to(tl.int64) * tiles // tl.num_programs(0)).to(tl.int32)
+    end = ((i_p + 1).to(tl.int64) * tiles // tl.num_programs(0)).to(tl.int32)
     pixels = OH * OW
     image_tiles = tl.cdiv(pixels, BLOCK_P)
-    taps = C * SIZE * SIZE
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
+    weights: tl.constexpr = D * C * SIZE * SIZE if BLOCKS == 1 else 0
 
-    dfilters = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    dfilters = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     dbias = tl.zeros([BLOCK_D], tl.float32)
     dnorm_weight = tl.zeros([BLOCK_D], tl.float32)
     dnorm_bias = tl.zeros([BLOCK_D], tl.float32)
     for tile in tl.range(begin, end, num_stages=1, disable_licm=True):
-        image = tile // image_tiles
-        o_p = (tile % image_tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int32)
-        x_image = x_ptr + image * C * H * W
-        u = _convolve(
-            x_image,
+        image = (tile // image_tiles).to(tl.int64)
+        o_p = tile % image_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (o_p < pixels)[:, None] & m_d[None, :]
+        offsets = o_p[:, None] * D + o_d[None, :]
+        u, x = _convolve(
+            x_ptr + image * C * H * W,
             filters_ptr,
             bias_ptr,
             o_p,
-            pixels,
-            C,
             H,
             W,
+            OH,
             OW,
+            C,
             STRIDE,
             PADDING,
             SIZE,
@@ -253,38 +397,98 @@ def _token_embed_bwd_kernel(
             BLOCK_D,
             BLOCK_P,
             BLOCK_K,
+            TAPS,
+            BLOCKS,
             PRECISION,
         )
-        unit, rstd = _normalise(u, m_d, eps, D)
-        mask = m_d[:, None] & (o_p < pixels)[None, :]
-        offsets = o_p[None, :] * D + o_d[:, None]
+        unit, rstd = normalise(u, m_d, eps, D)
         dy = tl.load(dy_ptr + image * pixels * D + offsets, mask=mask, other=0.0).to(tl.float32)
-        dunit = dy * norm_weight[:, None]
-        along = tl.sum(dunit * unit, 0) / D
-        level = tl.sum(dunit, 0) / D
-        du = (dunit - level[None, :] - unit * along[None, :]) * rstd[None, :]
+        # What takes dy comes first, so that its registers are free for du.
+        dnorm_weight += tl.sum(dy * unit, 0)
+        dnorm_bias += tl.sum(dy, 0)
+        norm_weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0)
+        du = normalise_backward(dy * norm_weight[None, :], unit, rstd, D)
         du = tl.where(mask, du, 0.0)
-        dbias += tl.sum(du, 1)
-        dnorm_weight += tl.sum(dy * unit, 1)
-        dnorm_bias += tl.sum(dy, 1)
-        x = _patches(x_image, o_f, o_p, pixels, C, H, W, OW, STRIDE, PADDING, SIZE)
+        dbias += tl.sum(du, 0)
         du = du.to(x.dtype)
-        if INPUT_GRADIENT:
-            store = mask & (tl.program_id(1) == 0)
-            tl.store(du_ptr + image * pixels * D + offsets, du, mask=store)
-        dfilters = tl.dot(du, tl.trans(x), dfilters, input_precision=PRECISION)
+        if STORE:
+            tl.store(du_ptr + image * pixels * D + offsets, du, mask=mask)
+        if BLOCKS == 1:
+            # Rows are channels: where they are weights, ptxas (Triton 3.6, 3.7) adds to a matrix
+            # descriptor of Hopper's that nothing has written.
+            dfilters = tl.dot(tl.trans(du), x, dfilters, input_precision=PRECISION)
 
-    parts_ptr += i_p * (D * taps + 3 * D)
-    tl.store(
-        parts_ptr + o_d[:, None] * taps + o_f[None, :],
-        dfilters,
-        mask=m_d[:, None] & (o_f < taps)[None, :],
-    )
-    parts_ptr += D * taps
-    m_first = m_d & (tl.program_id(1) == 0)
-    tl.store(parts_ptr + o_d, dbias, mask=m_first)
-    tl.store(parts_ptr + D + o_d, dnorm_weight, mask=m_first)
-    tl.store(parts_ptr + 2 * D + o_d, dnorm_bias, mask=m_first)
+    parts_ptr += i_p.to(tl.int64) * (weights + 3 * D)
+    if BLOCKS == 1:
+        _store_filters(parts_ptr, tl.trans(dfilters), 0, C, SIZE, D, BLOCK_D, BLOCK_K, TAPS)
+    parts_ptr += weights
+    tl.store(parts_ptr + o_d, dbias, mask=m_d)
+    tl.store(parts_ptr + D + o_d, dnorm_weight, mask=m_d)
+    tl.store(parts_ptr + 2 * D + o_d, dnorm_bias, mask=m_d)
+
+
+@triton.jit
+def _token_embed_bwd_filters_kernel(
+    du_ptr,
+    x_ptr,
+    parts_ptr,
+    tiles,
+    H,
+    W,
+    OH,
+    OW,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sum the gradient of the filters that are too many weights for one block.
+
+    Program (i, j) owns the i-th run of the batch's ``tiles`` of BLOCK_P tokens and the j-th block
+    of weights: patches^T ``[BLOCK_K, BLOCK_P]`` x ``du [BLOCK_P, D]``. ``parts`` is ``[runs,
+    D C SIZE^2]``. Bytes: the image once, and ``du`` once per block, from L2 for all but one.
+    Accumulates in fp32, tiles in order.
+    """
+    i_p = tl.program_id(0)
+    block = tl.program_id(1)
+    begin = (i_p.to(tl.int64) * tiles // tl.num_programs(0)).to(tl.int32)
+    end = ((i_p + 1).to(tl.int64) * tiles // tl.num_programs(0)).to(tl.int32)
+    pixels = OH * OW
+    image_tiles = tl.cdiv(pixels, BLOCK_P)
+    o_d = tl.arange(0, BLOCK_D)
+    dfilters = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for tile in tl.range(begin, end, num_stages=1):
+        image = (tile // image_tiles).to(tl.int64)
+        o_p = tile % image_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+        du = tl.load(
+            du_ptr + image * pixels * D + o_p[:, None] * D + o_d[None, :],
+            mask=(o_p < pixels)[:, None] & (o_d < D)[None, :],
+            other=0.0,
+        )
+        x = _patches(
+            x_ptr + image * C * H * W,
+            block,
+            o_p,
+            H,
+            W,
+            OH,
+            OW,
+            C,
+            STRIDE,
+            PADDING,
+            SIZE,
+            BLOCK_K,
+            TAPS,
+        )
+        dfilters = tl.dot(tl.trans(x), du, dfilters, input_precision=PRECISION)
+    parts_ptr += i_p.to(tl.int64) * (D * C * SIZE * SIZE)
+    _store_filters(parts_ptr, dfilters, block, C, SIZE, D, BLOCK_D, BLOCK_K, TAPS)
 
 
 @triton.jit
@@ -292,12 +496,11 @@ def _token_embed_bwd_input_kernel(
     du_ptr,
     filters_ptr,
     dx_ptr,
-    tiles,
-    C,
     H,
     W,
     OH,
     OW,
+    C: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     SIZE: tl.constexpr,
@@ -307,56 +510,62 @@ def _token_embed_bwd_input_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the gradient of BLOCK_C channels at BLOCK_P pixels of one image.
+    """Write the gradient of BLOCK_C channels at BLOCK_P cells of STRIDE x STRIDE pixels.
 
-    One program owns pixels of one residue (y mod STRIDE, x mod STRIDE): they all meet the same taps
-    of the filters, about SIZE^2 / STRIDE^2 of them, and no product is with zeros::
+    One program walks over the residues (y mod STRIDE, x mod STRIDE), the pixels of a cell: pixels
+    of one residue all meet the same taps of the filters, about SIZE^2 / STRIDE^2 of them, so no
+    product is with zeros, and what is not finite stays where it belongs::
 
         STRIDE = 2     0 1 0 1      residue 0 meets taps (0, 0), (0, 2), (2, 0), (2, 2) of a 3x3
                        2 3 2 3      filter with padding 2, residue 3 tap (1, 1) alone
 
-    Bytes: D numbers per token, read once per tap from L2 at the worst, and C per pixel, 0.023 ms at
+    Bytes: D numbers per token, read once per tap, from L1 for most, and C per pixel, 0.023 ms at
     batch 128, 10 x 121 x 121 to 32 x 61 x 61. Accumulates in fp32, taps in order.
     """
-    residue = tl.program_id(0) % (STRIDE * STRIDE)
-    i_b = (tl.program_id(0) // (STRIDE * STRIDE) // tiles).to(tl.int64)
-    tile = tl.program_id(0) // (STRIDE * STRIDE) % tiles
-    top = residue // STRIDE
-    left = residue % STRIDE
-    columns = tl.cdiv(W - left, STRIDE)
-    o_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    across = tl.cdiv(W, STRIDE)
+    tiles = tl.cdiv(tl.cdiv(H, STRIDE) * across, BLOCK_P)
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    o_p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = o_p // across
+    column = o_p % across
     o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # An image narrower than the stride leaves some residues without pixels.
-    row = o_p // tl.maximum(columns, 1)
-    column = o_p % tl.maximum(columns, 1)
-    y = row * STRIDE + top
-    x = column * STRIDE + left
+    m_c = o_c < C
     du_ptr += i_b * OH * OW * D
-
-    dx = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    for i in range((top + PADDING) % STRIDE, SIZE, STRIDE):
-        for j in range((left + PADDING) % STRIDE, SIZE, STRIDE):
-            # Both are whole numbers of strides.
-            o_row = (y + PADDING - i) // STRIDE
-            o_column = (x + PADDING - j) // STRIDE
-            inside = (y + PADDING >= i) & (o_row < OH) & (x + PADDING >= j) & (o_column < OW)
-            du = tl.load(
-                du_ptr + (o_row * OW + o_column)[None, :] * D + o_d[:, None],
-                mask=inside[None, :] & (o_d < D)[:, None],
-                other=0.0,
-            )  # [BLOCK_D, BLOCK_P]
-            w = tl.load(
-                filters_ptr + ((o_d[None, :] * C + o_c[:, None]) * SIZE + i) * SIZE + j,
-                mask=(o_d < D)[None, :] & (o_c < C)[:, None],
-                other=0.0,
-            )
-            dx = tl.dot(w.to(du.dtype), du, dx, input_precision=PRECISION)
-    tl.store(
-        dx_ptr + i_b * C * H * W + o_c[:, None] * (H * W) + (y * W + x)[None, :],
-        dx.to(dx_ptr.dtype.element_ty),
-        mask=(o_c < C)[:, None] & ((y < H) & (x < W) & (columns > 0))[None, :],
-    )
+    dx_ptr += i_b * C * H * W
+    for residue in range(STRIDE * STRIDE):
+        top = residue // STRIDE
+        left = residue % STRIDE
+        dx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        for i in range((top + PADDING) % STRIDE, SIZE, STRIDE):
+            for j in range((left + PADDING) % STRIDE, SIZE, STRIDE):
+                # Both are whole numbers of strides from the cell.
+                o_row = row + (top + PADDING - i) // STRIDE
+                o_column = column + (left + PADDING - j) // STRIDE
+                inside = (o_row >= 0) & (o_row < OH) & (o_column >= 0) & (o_column < OW)
+                du = tl.load(
+                    du_ptr + (o_row * OW + o_column)[:, None] * D + o_d[None, :],
+                    mask=inside[:, None] & m_d[None, :],
+                    other=0.0,
+                )  # [BLOCK_P, BLOCK_D]
+                # Threads lie along channels, whose weights are near each other.
+                w = tl.load(
+                    filters_ptr
+                    + (_lanes(o_c) * (SIZE * SIZE) + _others(o_d) * (C * SIZE * SIZE))
+                    + (i * SIZE + j),
+                    mask=_lanes(m_c) & _others(m_d),
+                    other=0.0,
+                )
+                w = tl.trans(_lanes_first(w.to(du.dtype)))  # [BLOCK_D, BLOCK_C]
+                dx = tl.dot(du, w, dx, input_precision=PRECISION)
+        y = row * STRIDE + top
+        x = column * STRIDE + left
+        tl.store(
+            dx_ptr + _lanes(y * W + x) + _others(o_c * (H * W)),
+            _lanes_first(dx.to(dx_ptr.dtype.element_ty)),
+            mask=_lanes((y < H) & (x < W)) & _others(m_c),
+        )
 
 
 def forward(
@@ -391,7 +600,7 @@ def forward(
     y = x.new_empty(x.shape[0], rows, columns, width)
     if y.numel() == 0:
         return y
-    launch = launches.find("token_embed_fwd", x, launches.width_class(width))
+    launch = _blocks(launches.find("token_embed_fwd", x, launches.width_class(width)), filters)
     _token_embed_fwd_kernel[(x.shape[0] * triton.cdiv(rows * columns, launch["BLOCK_P"]),)](
         x,
         filters,
@@ -400,10 +609,10 @@ def forward(
         norm_bias,
         y,
         eps,
-        channels,
         *x.shape[2:],
         rows,
         columns,
+        C=channels,
         STRIDE=stride,
         PADDING=padding,
         SIZE=size,
@@ -442,10 +651,9 @@ def backward(
     width, size = filters.shape[0], filters.shape[-1]
     rows, columns = dy.shape[1:3]
     shape = launches.width_class(width)
-    launch = launches.find("token_embed_bwd", x, shape)
-    taps = filters[0].numel()
-    launch["BLOCK_F"] = min(launch["BLOCK_F"], padded(taps))
+    pixels = height, breadth, rows, columns
     common = {
+        "C": channels,
         "STRIDE": stride,
         "PADDING": padding,
         "SIZE": size,
@@ -453,11 +661,16 @@ def backward(
         "BLOCK_D": padded(width),
         "PRECISION": precision(convolution=True),
     }
+    sums = tuple(torch.empty_like(p) for p in parameters)
+
+    launch = _blocks(launches.find("token_embed_bwd", x, shape), filters)
+    one_block = launch["BLOCKS"] == 1
     tiles = batch * triton.cdiv(rows * columns, launch["BLOCK_P"])
     count = programs(x, launch.pop("RESIDENT"), tiles)
-    parts = filters.new_empty(count, filters.numel() + 3 * width)
-    du = torch.empty_like(dy) if input_gradient else dx
-    _token_embed_bwd_kernel[(count, triton.cdiv(taps, launch["BLOCK_F"]))](
+    parts = filters.new_empty(count, (filters.numel() if one_block else 0) + 3 * width)
+    store = input_gradient or not one_block
+    du = torch.empty_like(dy) if store else dx
+    _token_embed_bwd_kernel[(count,)](
         dy,
         x,
         filters,
@@ -467,24 +680,29 @@ def backward(
         parts,
         eps,
         tiles,
-        channels,
-        height,
-        breadth,
-        rows,
-        columns,
-        INPUT_GRADIENT=input_gradient,
+        *pixels,
+        STORE=store,
         **common,
         **launch,
     )
+    sum_rows(parts, sums if one_block else sums[1:])
+    if not one_block:
+        launch = _blocks(launches.find("token_embed_bwd_filters", x, shape), filters)
+        blocks = launch.pop("BLOCKS")
+        tiles = batch * triton.cdiv(rows * columns, launch["BLOCK_P"])
+        # All blocks' programs are resident together.
+        count = max(1, programs(x, launch.pop("RESIDENT"), tiles * blocks) // blocks)
+        parts = filters.new_empty(count, filters.numel())
+        _token_embed_bwd_filters_kernel[(count, blocks)](
+            du, x, parts, tiles, *pixels, **common, **launch
+        )
+        sum_rows(parts, sums[:1])
     if input_gradient:
         launch = launches.find("token_embed_bwd_input", x, shape)
         launch["BLOCK_C"] = min(launch["BLOCK_C"], padded(channels))
-        residue = triton.cdiv(height, stride) * triton.cdiv(breadth, stride)
-        tiles = triton.cdiv(residue, launch["BLOCK_P"])
-        grid = batch * tiles * stride * stride, triton.cdiv(channels, launch["BLOCK_C"])
-        _token_embed_bwd_input_kernel[grid](
-            du, filters, dx, tiles, channels, height, breadth, rows, columns, **common, **launch
+        cells = triton.cdiv(height, stride) * triton.cdiv(breadth, stride)
+        tiles = batch * triton.cdiv(cells, launch["BLOCK_P"])
+        _token_embed_bwd_input_kernel[(tiles, triton.cdiv(channels, launch["BLOCK_C"]))](
+            du, filters, dx, *pixels, **common, **launch
         )
-    sums = tuple(torch.empty_like(p) for p in parameters)
-    sum_rows(parts, sums)
     return dx, *sums

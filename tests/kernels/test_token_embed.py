@@ -215,9 +215,9 @@ def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
         "_token_embed_bwd_input_kernel",
     }
     for r in reports:
-        # What spills here was the fastest of 64 launches on an H100.
-        fastest = r["capability"] == 90 and r["kernel"] == "_token_embed_bwd_kernel"
-        assert r["spilled"] <= (464 if fastest else 0), r
+        # Where all weights of a filter are one tile: of all launches the fewest instructions.
+        whole = r["capability"] == 90 and r["kernel"] == "_token_embed_bwd_kernel"
+        assert r["spilled"] <= (216 if whole else 0), r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         assert not r["beyond"], r
         assert not r["undefined"], r
