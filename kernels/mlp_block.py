@@ -259,11 +259,38 @@ def _mlp_block_fwd_kernel(
 
 
 @triton.jit
+def _gradient(
+    dy_ptr,
+    alike,
+    row,
+    N,
+    o_n,
+    offsets,
+    mask,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIKE: tl.constexpr,
+):
+    """Load the gradient of a tile's results; with ALIKE that of ``alike`` tokens is one row."""
+    if ALIKE:  # at least as many as a tile has: it meets two rows, or one and then no more tokens
+        first = row // alike
+        left = (first + 1) * alike - row
+        o_d = tl.arange(0, BLOCK_D)
+        dy_ptr += first * D + o_d
+        one = tl.load(dy_ptr, mask=o_d < D, other=0.0).to(tl.float32)
+        two = tl.load(dy_ptr + D, mask=(o_d < D) & (row + left < N), other=0.0).to(tl.float32)
+        return tl.where((o_n < left)[:, None], one[None, :], two[None, :])
+    return tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _input(
     dy_ptr,
+    alike,
     x_ptr,
     seed_ptr,
     row,
+    N,
     o_n,
     offsets,
     mask,
@@ -273,12 +300,13 @@ def _input(
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIKE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
     """Return a tile's normalised tokens, 1 / deviation, and the gradient before the last mask."""
     x = tl.load(x_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
     unit, rstd = normalise(x, m_d, eps, D)
-    g = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = _gradient(dy_ptr, alike, row, N, o_n, offsets, mask, D, BLOCK_D, ALIKE)
     if HAS_DROPOUT:
         g *= dropout_mask.keep_factor(
             tl.load(seed_ptr), row + o_n, threshold, factor, 0, D, BLOCK_D, 2
@@ -302,6 +330,7 @@ def _column_sums(t):
 @triton.jit
 def _mlp_block_bwd_kernel(
     dy_ptr,
+    alike,
     x_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
@@ -321,6 +350,7 @@ def _mlp_block_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    ALIKE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -374,9 +404,11 @@ def _mlp_block_bwd_kernel(
         if ALL:
             unit, rstd, g = _input(
                 dy_ptr,
+                alike,
                 x_ptr,
                 seed_ptr,
                 row,
+                N,
                 o_n,
                 offsets,
                 mask,
@@ -386,6 +418,7 @@ def _mlp_block_bwd_kernel(
                 eps,
                 D,
                 BLOCK_D,
+                ALIKE,
                 HAS_DROPOUT,
             )
         else:
@@ -419,7 +452,7 @@ def _mlp_block_bwd_kernel(
         if ALL:
             dunit = tl.dot(du, w1, input_precision=PRECISION)
             # Read again rather than kept, which would cost registers through all hidden channels.
-            dy = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
+            dy = _gradient(dy_ptr, alike, row, N, o_n, offsets, mask, D, BLOCK_D, ALIKE)
             dx = dy + normalise_backward(dunit, unit.to(tl.float32), rstd, D)
             tl.store(dx_ptr + row * D + offsets, dx.to(dtype), mask=mask)
 
@@ -443,6 +476,7 @@ def _mlp_block_bwd_kernel(
 @triton.jit
 def _mlp_block_bwd_tokens_kernel(
     dy_ptr,
+    alike,
     x_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
@@ -462,6 +496,7 @@ def _mlp_block_bwd_tokens_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    ALIKE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -487,9 +522,11 @@ def _mlp_block_bwd_tokens_kernel(
     norm_bias = tl.load(norm_bias_ptr + o_d, mask=m_d, other=0.0)
     unit, _rstd, g = _input(
         dy_ptr,
+        alike,
         x_ptr,
         seed_ptr,
         row,
+        N,
         o_n,
         offsets,
         mask,
@@ -499,6 +536,7 @@ def _mlp_block_bwd_tokens_kernel(
         eps,
         D,
         BLOCK_D,
+        ALIKE,
         HAS_DROPOUT,
     )
     tl.store(unit_ptr + row * D + offsets, unit.to(dtype), mask=mask)
@@ -529,7 +567,7 @@ def _mlp_block_bwd_tokens_kernel(
     # Read again rather than kept, which would cost registers through all hidden channels.
     x = tl.load(x_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
     unit, rstd = normalise(x, m_d, eps, D)
-    dy = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    dy = _gradient(dy_ptr, alike, row, N, o_n, offsets, mask, D, BLOCK_D, ALIKE)
     dx = dy + normalise_backward(dt * norm_weight[None, :], unit, rstd, D)
     tl.store(dx_ptr + row * D + offsets, dx.to(dtype), mask=mask)
 
@@ -610,8 +648,13 @@ def backward(
     dropout: float,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of :func:`forward` for ``dy`` ``[B, N, D]``, in its inputs' order."""
-    dy, x = dy.contiguous(), x.contiguous()
+    """Return the gradients of :func:`forward` for ``dy`` ``[B, N, D]``, in its inputs' order.
+
+    ``dy`` may be ``[B, 1, D]``, alike for all tokens of an image.
+    """
+    alike = x.shape[1]
+    shared = dy.shape[1] == 1 and alike >= max(launches.TILE)
+    dy, x = (dy if shared else dy.expand(x.shape)).contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     parameters = norm_weight, norm_bias, w1, b1, w2, b2
     if x.numel() == 0:
@@ -632,6 +675,7 @@ def backward(
         share = _launch("mlp_block_bwd_tokens", x, hidden)
         _mlp_block_bwd_tokens_kernel[(triton.cdiv(tokens, share["BLOCK_N"]),)](
             dy,
+            alike,
             x,
             norm_weight,
             norm_bias,
@@ -645,16 +689,18 @@ def backward(
             *mask,
             eps,
             tokens,
+            ALIKE=shared,
             **sizes,
             **share,
         )
-        dy, x = g, unit
+        dy, shared, x = g, False, unit
     tiles = triton.cdiv(tokens, launch["BLOCK_N"])
     count = triton.cdiv(programs(x, launch.pop("RESIDENT"), tiles * blocks), blocks)
     columns = 2 * hidden * width + hidden + (2 * blocks + (blocks == 1)) * width
     parts = w1.new_empty(count, columns)
     _mlp_block_bwd_kernel[(count, blocks)](
         dy,
+        alike,
         x,
         norm_weight,
         norm_bias,
@@ -668,6 +714,7 @@ def backward(
         eps,
         tiles,
         tokens,
+        ALIKE=shared,
         **sizes,
         **launch,
     )

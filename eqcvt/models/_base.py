@@ -27,7 +27,7 @@ from eqcvt.nn import (
     TransformerStage,
     set_backend,
 )
-from eqcvt.ops import conv_size
+from eqcvt.ops import conv_size, token_mean
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -152,7 +152,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
         With ``pre_logits``, the features that the last linear map reads.
         """
-        logits: Tensor = self.head(x.mean((2, 3)), pre_logits)
+        logits: Tensor = self.head(token_mean(x), pre_logits)
         return logits
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of ``x`` and of the parameters in their order, from that of ``y``.
 
-    Arguments are those of :func:`forward`.
+    Arguments are those of :func:`forward`; ``dy`` may be ``[B, 1, D]``, alike for all tokens.
     """
-    x, dy = x.contiguous(), dy.contiguous()
+    x, dy = x.contiguous(), dy.expand(x.shape).contiguous()
     parameters = (norm_weight, norm_bias, w1, b1, w2, b2)
     gradients = (x.new_empty(x.shape), *(p.new_empty(p.shape) for p in parameters))
     launch(

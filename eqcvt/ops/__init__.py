@@ -16,6 +16,7 @@ from eqcvt.ops.lift import (
 from eqcvt.ops.mlp_block import mlp_block
 from eqcvt.ops.norm import batch_norm, layer_norm
 from eqcvt.ops.token_embed import token_embed
+from eqcvt.ops.token_mean import token_mean
 
 __all__ = [
     "CannotServe",
@@ -39,5 +40,6 @@ __all__ = [
     "lift_conv2d",
     "mlp_block",
     "token_embed",
+    "token_mean",
     "use_backend",
 ]

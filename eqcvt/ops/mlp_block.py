@@ -112,6 +112,8 @@ def _context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> No
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if dy.stride(1) == 0:  # behind a mean over tokens, all of an image have the same
+        dy = dy[:, :1]
     return *_mlp_block_backward(dy.contiguous(), *ctx.saved_tensors, **ctx.options), None
 
 

@@ -91,13 +91,19 @@ def mlp_block(
     *,
     shape: tuple[int, ...] = (2, 16, 7, 9),
     hidden: int = 24,
+    averaged: bool = False,
     **options: Any,
 ) -> tuple[Call, list[Tensor]]:
-    """Return a call of the MLP block, and its differentiable inputs."""
+    """Return a call of the MLP block, maybe averaged over tokens, and its differentiable inputs."""
     dim = shape[1]
     shapes = [shape, (dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
     inputs = [torch.randn(s) / (s[1] ** 0.5 if len(s) == 2 else 1) for s in shapes]
-    return lambda *t: [ops.mlp_block(*t, **options)], inputs
+
+    def call(*t: Tensor) -> list[Tensor]:
+        y = ops.mlp_block(*t, **options)
+        return [ops.token_mean(y) if averaged else y]
+
+    return call, inputs
 
 
 def token_embed(
@@ -162,10 +168,12 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mlp_block": {
         "model": {"shape": (2, 32, 61, 61), "hidden": 64},
+        "model, averaged": {"shape": (2, 32, 61, 61), "hidden": 64, "averaged": True},
         "small": {},
         "32 channels": {"shape": (1, 32, 9, 5), "hidden": 256},
         "64 channels": {"shape": (1, 64, 13, 5), "hidden": 256},
         "128 channels": {"shape": (1, 128, 9, 9), "hidden": 390},
+        "128 channels, averaged": {"shape": (3, 128, 5, 7), "hidden": 512, "averaged": True},
         "one token": {"shape": (1, 18, 1, 1), "hidden": 7},
     },
     "token_embed": {

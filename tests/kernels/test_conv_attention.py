@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eqcvt import ops
 from eqcvt.nn.backend import set_backend
 from eqcvt.nn.transformer import Block, Stage
 from tests.ops import primitives
@@ -394,6 +395,10 @@ def test_a_transformer_block_makes_no_copy_of_its_tokens() -> None:
         torch.autograd.grad(y, [x, *block.parameters()], dy)
     assert y.is_contiguous(memory_format=torch.channels_last)
     # The sum is of the gradients on both ways past the attention.
+    assert passes.seen == {"add": 1}
+    with _Passes(x.numel()) as passes:
+        features = ops.token_mean(block(x))
+        torch.autograd.grad(features, [x, *block.parameters()], torch.ones_like(features))
     assert passes.seen == {"add": 1}
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +91,17 @@ def test_every_result_is_as_good_as_pytorch_s(name: str) -> None:
 
 def test_half_precision_is_as_good_as_pytorch_s() -> None:
     Case(**CASES["model"], dtype=torch.float16).check()
+
+
+@pytest.mark.parametrize("tokens", [128, 131, 37, 1])
+@pytest.mark.parametrize("name", ["model", "hidden channels in tiles"])
+def test_a_gradient_that_all_tokens_share_is_read_from_one_row(name: str, tokens: int) -> None:
+    case = Case(**CASES[name] | {"batch": 3, "tokens": tokens})
+    one = torch.randn_like(case.dy[:, :1])
+    case.dy = one.expand(case.dy.shape).contiguous()
+    wanted = case.run()
+    case.dy = one
+    assert all(map(torch.equal, case.run(), wanted))
 
 
 def test_the_dropout_masks_are_those_of_all_backends() -> None:
@@ -203,15 +215,18 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for name in os.environ.get("EQCVT_AOT", "bfloat16 float16 float32").split():
         for width, hidden in sizes:
 
-            def run(name: str = name, width: int = width, hidden: int = hidden) -> None:
+            def run(
+                tokens: int = 3721, name: str = name, width: int = width, hidden: int = hidden
+            ) -> None:
                 shapes = (width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)
                 parameters = [torch.empty(s, device="meta") for s in shapes]
                 parameters.append(torch.empty(1, dtype=torch.int64, device="meta"))
                 x = torch.empty(128, 3721, width, dtype=getattr(torch, name), device="meta")
                 mlp_block.forward(x, *parameters, dropout=0.1, eps=1e-5)
-                mlp_block.backward(x, x, *parameters, dropout=0.1, eps=1e-5)
+                mlp_block.backward(x[:, :tokens], x, *parameters, dropout=0.1, eps=1e-5)
 
             yield f"{name} {width}", run
+            yield f"{name} {width}, averaged", partial(run, tokens=1)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -227,8 +242,10 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     reports = [json.loads(line) for line in lines]
     assert {r["kernel"] for r in reports} >= {"_mlp_block_fwd_kernel", "_mlp_block_bwd_kernel"}
     for r in reports:
-        # The backward kernel is a few registers too large: on sm_80, and with 64 channels on sm_90.
-        assert r["spilled"] <= {80: 64, 90: 32 if wide else 0}[r["capability"]], r
+        # The backward kernel is a few registers too large: on sm_80, and on sm_90 with 64 channels
+        # or where all tokens share a gradient.
+        few = 32 if wide else 24 if "averaged" in r["call"] else 0
+        assert r["spilled"] <= {80: 64, 90: few}[r["capability"]], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         assert not r["beyond"], r
         assert not r["undefined"], r

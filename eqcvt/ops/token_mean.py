@@ -1,0 +1,36 @@
+"""The mean over tokens, in front of the head.
+
+Its gradient is the same for all tokens of an image. PyTorch's writes it out for each of them and
+copies that to where the tokens' channels lie; here it stays one row per image, which the MLP's
+gradient kernels read as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eqcvt.ops import _backend
+
+
+class _TokenMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.mean((2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        batch, dim, height, width = ctx.shape
+        each: Tensor = gradients[0] / (height * width)
+        return each.view(batch, dim, 1, 1).expand(ctx.shape)
+
+
+def token_mean(x: Tensor) -> Tensor:
+    """Average tokens ``[B, D, H, W]`` to features ``[B, D]``."""
+    if _backend._exporting() or not (torch.is_grad_enabled() and x.requires_grad):
+        return x.mean((2, 3))
+    y: Tensor = _TokenMean.apply(x)  # type: ignore[no-untyped-call]
+    return y
