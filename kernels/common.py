@@ -40,9 +40,19 @@ def refusal(x: Tensor) -> str | None:
     return None
 
 
+def cdiv(size: int, block: int) -> int:
+    """Return how many blocks cover ``size``; triton.cdiv takes microseconds to say it."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """Return the smallest power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(size: int) -> int:
     """Return the power of two, 16 at least, that a tile of ``size`` channels is padded to."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 def precision(convolution: bool = False) -> str:
@@ -144,7 +154,7 @@ def sum_rows(parts: Tensor, sums: Sequence[Tensor]) -> None:
     launch = launches.find("sum_rows", parts, "few" if columns < 2048 else "many")
     block = launch["BLOCK_ROWS"]
     while rows > 2 * block:
-        tiles = parts.new_empty(triton.cdiv(rows, block), columns)
+        tiles = parts.new_empty(cdiv(rows, block), columns)
         _sum_rows(parts, [tiles], block, launch)
         parts, rows = tiles, tiles.shape[0]
     _sum_rows(parts, sums, rows, launch)
@@ -155,7 +165,7 @@ def _sum_rows(parts: Tensor, sums: Sequence[Tensor], each: int, launch: launches
     rows, columns = parts.shape
     absent = SUMS - len(sums)
     ends = [*accumulate(t.shape[-1] if each < rows else t.numel() for t in sums)]
-    _sum_rows_kernel[(triton.cdiv(columns, launch["BLOCK_COLUMNS"]), triton.cdiv(rows, each))](
+    _sum_rows_kernel[(cdiv(columns, launch["BLOCK_COLUMNS"]), cdiv(rows, each))](
         parts,
         *sums,
         *[sums[0]] * absent,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import dropout as dropout_mask
 from . import launches
-from .common import padded, precision
+from .common import cdiv, padded, power_of_2, precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -37,7 +37,7 @@ def tail(tokens: int, block: int, dtype: torch.dtype) -> int:
     nothing had written.
     """
     rest = tokens % block
-    return max(8 * dtype.itemsize, triton.next_power_of_2(rest)) if rest else 0
+    return max(8 * dtype.itemsize, power_of_2(rest)) if rest else 0
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def normalised_keys(t: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
     """Return ``t * scale + shift`` ``[B, M, D]`` and the largest norms, ``[B, tiles]``."""
     batch, tokens, width = t.shape
     launch = launches.find("conv_attention_keys", t, launches.width_class(width))
-    blocks = triton.cdiv(tokens, launch["BLOCK_M"])
+    blocks = cdiv(tokens, launch["BLOCK_M"])
     keys, reach = torch.empty_like(t), scale.new_empty(batch, blocks)
     _conv_attention_keys_kernel[(batch * blocks,)](
         t,
@@ -503,7 +503,7 @@ def attend(
     residual = residual if residual is None else residual.contiguous()
     block = padded(width)
     launch = launches.find("conv_attention_attend_fwd", a, launches.width_class(width))
-    programs = batch * triton.cdiv(queries, launch["BLOCK_N"])
+    programs = batch * cdiv(queries, launch["BLOCK_N"])
     _conv_attention_attend_fwd_kernel[(programs,)](
         a,
         k,
@@ -530,7 +530,7 @@ def attend(
         TAIL_M=tail(keys, launch["BLOCK_M"], a.dtype),
         WHOLE=keys >= launch["BLOCK_M"],
         REACHES=reach.shape[1],
-        BLOCK_REACHES=triton.next_power_of_2(reach.shape[1]),
+        BLOCK_REACHES=power_of_2(reach.shape[1]),
         SHARED=c is None,
         HAS_RESIDUAL=residual is not None,
         HAS_DROPOUT=dropout > 0,

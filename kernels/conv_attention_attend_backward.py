@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import dropout as dropout_mask
 from . import launches
-from .common import padded, precision, sum_rows
+from .common import cdiv, padded, precision, sum_rows
 from .conv_attention_attend import (
     LN2,
     LOG2E,
@@ -478,7 +478,7 @@ def attend_backward(
         for kernel in ("queries", "keys")
     )
     tile = max(own["BLOCK_N"], following["BLOCK_N"])
-    rows = triton.cdiv(queries, tile) * tile
+    rows = cdiv(queries, tile) * tile
     q, do = a.new_empty(2, batch, heads, rows, width)
     lse2, delta = lse.new_empty(2, batch, heads, rows)
     dq = torch.empty_like(o)
@@ -518,7 +518,7 @@ def attend_backward(
         **common,
         **own,
     )
-    count = batch * triton.cdiv(keys, following["BLOCK_M"])
+    count = batch * cdiv(keys, following["BLOCK_M"])
     # Hopper's matrix unit needs 16 rows for each warp.
     pair = following["BLOCK_M"] >= 32 * following["num_warps"]
     key_parts = wq.new_empty(count * (1 + pair), (2 if shared else 4) * width)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import padded
+from .common import cdiv, padded
 from .layer_norm import normalise
 
 # Windows of larger cells are more than a program could keep, or compile.
@@ -306,13 +306,13 @@ class Walk(NamedTuple):
 
     def grid(self, block: int) -> tuple[int, int]:
         """Return the programs along lanes, BLOCK_T each, and down the cells of a lane."""
-        return triton.cdiv(self.lanes, block), triton.cdiv(self.rows, self.per_program)
+        return cdiv(self.lanes, block), cdiv(self.rows, self.per_program)
 
 
 def walk(batch: int, height: int, breadth: int, cell: int, most: int) -> Walk:
     """Share cells evenly among as few programs as leave each lane of one at ``most`` cells."""
-    rows, columns = triton.cdiv(height, cell), triton.cdiv(breadth, cell)
-    return Walk(batch * columns, rows, columns, triton.cdiv(rows, triton.cdiv(rows, most)))
+    rows, columns = cdiv(height, cell), cdiv(breadth, cell)
+    return Walk(batch * columns, rows, columns, cdiv(rows, cdiv(rows, most)))
 
 
 def cell_size(stride: int) -> int:
@@ -407,7 +407,7 @@ def project(
     )
     if moments:
         launch = launches.find("conv_attention_moments", mean)
-        _conv_attention_moments_kernel[(projections, triton.cdiv(width, launch["BLOCK_C"]))](
+        _conv_attention_moments_kernel[(projections, cdiv(width, launch["BLOCK_C"]))](
             parts,
             mean,
             variance,

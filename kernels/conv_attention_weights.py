@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import dropout as dropout_mask
 from . import launches
-from .common import add_part, padded, precision, programs, sum_rows
+from .common import add_part, cdiv, padded, precision, programs, sum_rows
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def weight_gradients(
     da = torch.empty_like(a)
     launch = launches.find("conv_attention_weights_bwd", a, launches.width_class(width))
     launch["BLOCK_C"] = min(launch["BLOCK_C"], padded(columns))
-    tiles = triton.cdiv(batch * queries, launch["BLOCK_N"])
+    tiles = cdiv(batch * queries, launch["BLOCK_N"])
     count = programs(a, launch.pop("RESIDENT"), tiles)
     parts = wq.new_empty(count, columns * (2 * width + 1) + 3 * width)
     _conv_attention_weights_bwd_kernel[(count,)](

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .lift_tile import Sizes, cdiv, power_of_2
+from .common import cdiv, power_of_2
+from .lift_tile import Sizes
 
 # Columns of a lane (``_across`` counts on 4), and lanes that can ask each other: those of a warp.
 COLUMNS = tl.constexpr(4)

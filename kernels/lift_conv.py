@@ -8,15 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import precision, tf32_factor
+from .common import cdiv, power_of_2, precision, tf32_factor
 from .lift_tile import (
     Factors,
     Sizes,
-    cdiv,
     first_tile,
     next_tile,
     patches,
-    power_of_2,
     programs_of,
     transposed_bank,
     unrolled,

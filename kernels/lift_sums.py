@@ -8,17 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import precision, tf32_factor
+from .common import cdiv, power_of_2, precision, tf32_factor
 from .lift_tile import (
     Factors,
     Plan,
     Sizes,
-    cdiv,
     first_tile,
     next_tile,
     parts,
     patches,
-    power_of_2,
     programs_of,
 )
 

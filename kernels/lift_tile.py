@@ -14,19 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import precision, programs, tf32_factor
+from .common import cdiv, power_of_2, precision, programs, tf32_factor
 
 WORKSPACE = 192 * 2**20
-
-
-def cdiv(size: int, block: int) -> int:
-    """Return how many blocks a size takes; Triton's own costs microseconds outside a kernel."""
-    return -(-size // block)
-
-
-def power_of_2(size: int) -> int:
-    """Return the power of two that is not below a size."""
-    return 1 << (size - 1).bit_length()
 
 
 class Sizes(NamedTuple):

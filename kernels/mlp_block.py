@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dropout as dropout_mask
 from . import launches
-from .common import padded, precision, programs, refusal, sum_rows, tf32_factor
+from .common import cdiv, padded, precision, programs, refusal, sum_rows, tf32_factor
 from .layer_norm import normalise, normalise_backward
 
 __all__ = ["backward", "forward", "supports"]
@@ -608,7 +608,7 @@ def forward(
         return y
     (hidden, width), tokens = w1.shape, x.shape[0] * x.shape[1]
     launch = _launch("mlp_block_fwd", x, hidden)
-    tiles = triton.cdiv(tokens, launch["BLOCK_N"])
+    tiles = cdiv(tokens, launch["BLOCK_N"])
     count = programs(x, launch.pop("RESIDENT"), tiles)
     _mlp_block_fwd_kernel[(count,)](
         x,
@@ -669,11 +669,11 @@ def backward(
     }
     mask = dropout_mask.arguments(dropout)
     launch = _launch("mlp_block_bwd", x, hidden)
-    blocks = triton.cdiv(hidden, launch["BLOCK_E"])
+    blocks = cdiv(hidden, launch["BLOCK_E"])
     if blocks > 1:
         unit, g = torch.empty_like(x), torch.empty_like(x)
         share = _launch("mlp_block_bwd_tokens", x, hidden)
-        _mlp_block_bwd_tokens_kernel[(triton.cdiv(tokens, share["BLOCK_N"]),)](
+        _mlp_block_bwd_tokens_kernel[(cdiv(tokens, share["BLOCK_N"]),)](
             dy,
             alike,
             x,
@@ -694,8 +694,8 @@ def backward(
             **share,
         )
         dy, shared, x = g, False, unit
-    tiles = triton.cdiv(tokens, launch["BLOCK_N"])
-    count = triton.cdiv(programs(x, launch.pop("RESIDENT"), tiles * blocks), blocks)
+    tiles = cdiv(tokens, launch["BLOCK_N"])
+    count = cdiv(programs(x, launch.pop("RESIDENT"), tiles * blocks), blocks)
     columns = 2 * hidden * width + hidden + (2 * blocks + (blocks == 1)) * width
     parts = w1.new_empty(count, columns)
     _mlp_block_bwd_kernel[(count, blocks)](

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import padded, precision, programs, refusal, sum_rows
+from .common import cdiv, padded, precision, programs, refusal, sum_rows
 from .layer_norm import normalise, normalise_backward
 
 __all__ = ["backward", "forward", "supports"]
@@ -52,7 +52,7 @@ def _blocks(launch: dict[str, int], filters: Tensor) -> dict[str, int]:
     channels, taps = filters.shape[1], filters[0, 0].numel()
     block = min(launch["BLOCK_K"], padded(channels * taps))
     together = min(taps, max(1, block // channels))
-    blocks = triton.cdiv(taps, together) * triton.cdiv(channels, block // together)
+    blocks = cdiv(taps, together) * cdiv(channels, block // together)
     return launch | {"BLOCK_K": block, "TAPS": together, "BLOCKS": blocks}
 
 
@@ -601,7 +601,7 @@ def forward(
     if y.numel() == 0:
         return y
     launch = _blocks(launches.find("token_embed_fwd", x, launches.width_class(width)), filters)
-    _token_embed_fwd_kernel[(x.shape[0] * triton.cdiv(rows * columns, launch["BLOCK_P"]),)](
+    _token_embed_fwd_kernel[(x.shape[0] * cdiv(rows * columns, launch["BLOCK_P"]),)](
         x,
         filters,
         bias,
@@ -665,7 +665,7 @@ def backward(
 
     launch = _blocks(launches.find("token_embed_bwd", x, shape), filters)
     one_block = launch["BLOCKS"] == 1
-    tiles = batch * triton.cdiv(rows * columns, launch["BLOCK_P"])
+    tiles = batch * cdiv(rows * columns, launch["BLOCK_P"])
     count = programs(x, launch.pop("RESIDENT"), tiles)
     parts = filters.new_empty(count, (filters.numel() if one_block else 0) + 3 * width)
     store = input_gradient or not one_block
@@ -689,7 +689,7 @@ def backward(
     if not one_block:
         launch = _blocks(launches.find("token_embed_bwd_filters", x, shape), filters)
         blocks = launch.pop("BLOCKS")
-        tiles = batch * triton.cdiv(rows * columns, launch["BLOCK_P"])
+        tiles = batch * cdiv(rows * columns, launch["BLOCK_P"])
         # All blocks' programs are resident together.
         count = max(1, programs(x, launch.pop("RESIDENT"), tiles * blocks) // blocks)
         parts = filters.new_empty(count, filters.numel())
@@ -700,9 +700,9 @@ def backward(
     if input_gradient:
         launch = launches.find("token_embed_bwd_input", x, shape)
         launch["BLOCK_C"] = min(launch["BLOCK_C"], padded(channels))
-        cells = triton.cdiv(height, stride) * triton.cdiv(breadth, stride)
-        tiles = batch * triton.cdiv(cells, launch["BLOCK_P"])
-        _token_embed_bwd_input_kernel[(tiles, triton.cdiv(channels, launch["BLOCK_C"]))](
+        cells = cdiv(height, stride) * cdiv(breadth, stride)
+        tiles = batch * cdiv(cells, launch["BLOCK_P"])
+        _token_embed_bwd_input_kernel[(tiles, cdiv(channels, launch["BLOCK_C"]))](
             du, filters, dx, *pixels, **common, **launch
         )
     return dx, *sums
