@@ -378,6 +378,18 @@ def test_where_nothing_can_be_written_that_is_said(
     assert not checks.calls
 
 
+@pytest.mark.parametrize(
+    ("cores", "gib", "jobs"), [(32, 70, 8), (3, 70, 3), (32, 9, 4), (32, 1, 1)]
+)
+def test_checks_at_a_time_go_by_the_cores_and_the_memory_that_is_free(
+    cores: int, gib: int, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_prove, "_index", lambda device: 2)
+    monkeypatch.setattr(_prove, "usable_cores", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (gib << 30, 80 << 30))
+    assert _prove._jobs(H100) == jobs
+
+
 def test_the_process_that_checks_sees_one_gpu_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     other = _proof.Device("NVIDIA L4", "8.9")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
