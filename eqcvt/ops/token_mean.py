@@ -17,9 +17,12 @@ from eqcvt.ops import _backend
 
 class _TokenMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
+    def forward(x: Tensor) -> Tensor:
         return x.mean((2, 3))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -27,10 +30,23 @@ class _TokenMean(torch.autograd.Function):
         each: Tensor = gradients[0] / (height * width)
         return each.view(batch, dim, 1, 1).expand(ctx.shape)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        return x.movedim(in_dims[0], 0).mean((3, 4)), 0
+
+
+class _EagerTokenMean(_TokenMean):
+    """With the forward derivative too, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].mean((2, 3))
+
 
 def token_mean(x: Tensor) -> Tensor:
     """Average tokens ``[B, D, H, W]`` to features ``[B, D]``."""
     if _backend._exporting() or not (torch.is_grad_enabled() and x.requires_grad):
         return x.mean((2, 3))
-    y: Tensor = _TokenMean.apply(x)  # type: ignore[no-untyped-call]
+    function = _TokenMean if torch.compiler.is_compiling() else _EagerTokenMean
+    y: Tensor = function.apply(x)  # type: ignore[no-untyped-call]
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -20,6 +22,25 @@ def test_it_is_the_mean_and_its_gradient_is_one_row_per_image() -> None:
     y.register_hook(lambda gradient: seen.append(gradient.stride()))
     ops.token_mean(y).sum().backward()
     assert seen[0][2:] == (0, 0)
+
+
+def test_it_can_be_transformed_as_any_of_torch_s() -> None:
+    x = torch.randn(4, 2, 5, 3, 4, dtype=torch.float64)
+
+    def of(mean: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        def f(t: torch.Tensor) -> torch.Tensor:
+            return mean(t).sin().sum()
+
+        second = torch.func.grad(lambda t: torch.func.grad(f)(t).square().sum())
+        return [
+            torch.func.vmap(torch.func.grad(f))(x),
+            torch.func.vmap(mean, in_dims=2, out_dims=1)(x.movedim(0, 2)),
+            second(x[0]),
+            torch.func.jacrev(mean)(x[0]),
+            torch.func.jvp(torch.func.grad(f), (x[0],), (x[1],))[1],
+        ]
+
+    torch.testing.assert_close(of(ops.token_mean), of(lambda t: t.mean((2, 3))))
 
 
 @pytest.mark.parametrize("tokens", [(3, 5), (1, 1)])
