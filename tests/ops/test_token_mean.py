@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import eqcvt
 from eqcvt import ops
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -53,3 +54,13 @@ def test_it_and_the_mlp_block_have_the_gradients_of_both(tokens: tuple[int, int]
         for mean in (ops.token_mean, lambda y: y.mean((2, 3)))
     )
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_the_models_pool_by_it() -> None:
+    model = eqcvt.EqCvT(in_channels=1, image_size=33)
+    tokens = torch.randn(2, model.num_features, 4, 5).requires_grad_()
+    seen: list[tuple[int, ...]] = []
+    y = tokens * 1
+    y.register_hook(lambda gradient: seen.append(gradient.stride()))
+    model.forward_head(y).sum().backward()
+    assert seen[0][2:] == (0, 0)
