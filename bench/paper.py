@@ -90,6 +90,11 @@ class Paper:
         ):
             for name in given:
                 choice(what, name, allowed)
+        if self.init is not None and len(self.models) > 1:
+            raise ValueError(
+                f"init={self.init!r} has weights of one model, got {', '.join(self.models)}: "
+                "give one --model"
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return what the numbers depend on, as JSON."""

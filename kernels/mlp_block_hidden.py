@@ -71,7 +71,7 @@ def affine_weights(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Return what :func:`_weights` does, the norm's affine map taken into ``w1`` and ``b1``."""
+    """Return what :func:`weights_of` does, the norm's affine map taken into ``w1`` and ``b1``."""
     w1, b1, w2 = weights_of(w1_ptr, b1_ptr, w2_ptr, first, tl.float32, E, D, BLOCK_D, BLOCK_E)
     o_d = tl.arange(0, BLOCK_D)
     norm_weight = tl.load(norm_weight_ptr + o_d, mask=o_d < D, other=0.0)

@@ -70,6 +70,24 @@ def test_other_settings_do_not_mix_with_an_older_table(tmp_path: Path) -> None:
         paper.run(small(tmp_path, models=("cvt",), seeds=1, epochs=2), lambda _: None)
 
 
+def test_a_table_can_go_on_from_trained_weights(tmp_path: Path) -> None:
+    first = small(tmp_path / "first", models=("cvt",), seeds=1)
+    paper.run(first, lambda _: None)
+    trained = first.folder("control", "cvt", "ours", 0) / "last"
+    more = small(tmp_path / "more", models=("cvt",), seeds=1, init=str(trained))
+    said = paper.run(more, lambda _: None)
+    assert said["settings"]["init"] == str(trained)
+    before, after = (
+        eqcvt.load_model(run.folder("control", "cvt", "ours", 0) / "last").state_dict()
+        for run in (first, more)
+    )
+    fresh = eqcvt.create_model("cvt", in_channels=1, image_size=33).state_dict()
+    name = "stages.0.blocks.0.mlp.fc1.weight"
+    assert (after[name] - before[name]).abs().max() < (fresh[name] - before[name]).abs().max() / 2
+    with pytest.raises(ValueError, match="weights of one model, got eqcvt, cvt"):
+        small(tmp_path, init=str(trained))
+
+
 def test_a_name_that_does_not_exist_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="control"):
         small(tmp_path, sets=("contrl",))

@@ -64,6 +64,8 @@ def test_the_table_of_the_gpu_is_the_recorded_one() -> None:
     for name, ms, mib in rows:
         assert (ms, mib) == (f"{cases[name]['graph_ms']:.2f}", f"{cases[name]['peak_mib']:.0f}")
     assert json.loads(GPU.read_text())["commit"] in README
+    host = [cases[name]["eager_ms"] for name in ("EqCvT, training", "EqCvT, training, 16 images")]
+    assert "kernels take the host {:.1f} ms, and {:.1f} with 16 images".format(*host) in README
 
 
 def test_the_table_of_the_demo_is_the_recorded_one() -> None:

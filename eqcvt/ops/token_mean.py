@@ -44,7 +44,7 @@ class _EagerTokenMean(_TokenMean):
 
 
 def token_mean(x: Tensor) -> Tensor:
-    """Average tokens ``[B, D, H, W]`` to features ``[B, D]``."""
+    """Average tokens ``[B, D, H, W]``, floating point, to features ``[B, D]`` of their dtype."""
     if _backend._exporting() or not (torch.is_grad_enabled() and x.requires_grad):
         return x.mean((2, 3))
     function = _TokenMean if torch.compiler.is_compiling() else _EagerTokenMean

@@ -220,7 +220,7 @@ def _main(op: str, precision: str, backend: str, device: str, *calls: str) -> No
 
         driver.active.get_current_target()  # compiled by the C compiler, where there is one
     launches.install(json.load(sys.stdin))
-    passed, error, reason, served = Judge(op, precision, device, calls).verdict(backend)
+    passed, error, reason, served = Judge(op, precision, device, calls or None).verdict(backend)
     print(json.dumps([passed, error if passed else None, reason, served]))
 
 

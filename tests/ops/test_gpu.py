@@ -115,6 +115,8 @@ def test_values_and_gradients_are_as_good_as_the_reference_s(
     """In training and evaluation, and the same bits twice."""
     monkeypatch.setitem(cases.CHECKED, op, {"call": options})
     verdict = Judge(op, precision, "cuda").verdict(backend)
+    if not verdict.served:  # Triton has no depthwise filters of 5x5, say
+        pytest.skip(f"{backend}: {verdict.reason}")
     assert verdict.passed, verdict.reason
 
 
