@@ -42,9 +42,10 @@ COLUMNS = ("few", "many")
 class Kernel(NamedTuple):
     """What a launch says: fields with the values they may have, and the keys it has entries for.
 
-    BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor; the
-    rest are Triton's options. ``rows`` is the field that counts the rows of a matrix product whose
-    result is a factor of the next: there Triton stacks all warps.
+    BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor, HALVES
+    whether TF32 products are made of bfloat16 ones; the rest are Triton's options. ``rows`` is the
+    field that counts the rows of a matrix product whose result is a factor of the next: there
+    Triton stacks all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
@@ -63,7 +64,7 @@ KERNELS = {
     ),
     "lift_input": Kernel({"BLOCK_P": TILE, **WARPS, **STAGES}),
     "lift_sums": Kernel(
-        {"BLOCK_M": (64, 128), "BLOCK_X": TILE, **WARPS, **STAGES, **RESIDENT},
+        {"BLOCK_M": (64, 128), "BLOCK_X": TILE, "HALVES": (0, 1), **WARPS, **STAGES, **RESIDENT},
         TAPS,
         rows="BLOCK_M",
     ),
