@@ -165,6 +165,14 @@ def test_exact_model_is_invariant_and_front_is_not() -> None:
     assert residual["eqcvt_c4_exact"] < 1e-12 < 1e-6 < residual["eqcvt_c4"]
 
 
+@pytest.mark.parametrize("group", ["C2", "C8", "D1", "D2"])
+def test_the_group_s_own_symmetries_of_the_grid_are_those_measured(group: str) -> None:
+    model = eqcvt.EqCvT(1, 2, SIZE, group=group, invariance="exact", **TINY).double()
+    robust = evaluate(model, rings(4), device="cpu")["rotation"]
+    assert robust["residual_group"] < 1e-12
+    assert robust["std_45"] > 1e-6
+
+
 def test_model_is_left_in_its_mode_and_batches_do_not_matter() -> None:
     model = eqcvt.create_model("cvt", image_size=SIZE, stages=[{"dim": 8}], head_hidden=8).double()
     model.head.eval()
