@@ -1,9 +1,10 @@
 """Where a step's time goes on a GPU: every kernel of a model and of its parts.
 
-``python -m bench.kernel_times`` prints, for each case at batch 128 in bfloat16 with the Triton
-kernels, the milliseconds of a call from the host and as a CUDA graph, the memory that it adds at
-its height, and the kernels it launches, how often and for how long; ``--out FILE`` keeps all of it
-as JSON. Nothing is compared here: ``eqcvt tune`` and the other files of this folder do that.
+``python -m bench.kernel_times`` prints, for each case in bfloat16 with the Triton kernels, at
+batch 128 unless its name says another, the milliseconds of a call from the host and as a CUDA
+graph, the memory that it adds at its height, and the kernels it launches, how often and for how
+long; ``--out FILE`` keeps all of it as JSON. Nothing is compared here: ``eqcvt tune`` and the other
+files of this folder do that.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.cases import Case
-from bench.rows import Row, lines, read
+from bench.rows import Row, lines, origins, read
 
 EAGER = ("triton", "native", "auto")
 GRAPHED = tuple(f"{name}-graph" for name in EAGER)
@@ -179,7 +179,11 @@ def report(rows: list[Row]) -> list[str]:
     """Return the table as lines of text, and how many goals were reached."""
     goals = table(rows)
     passed = sum(goal["verdict"] == "pass" for goal in goals)
-    return [*lines(goals, tuple(goals[0])), f"{passed} of {len(goals)} reached"]
+    said = [*lines(goals, tuple(goals[0])), f"{passed} of {len(goals)} reached"]
+    for column in ("commit", "versions"):
+        if " / " in (several := origins(rows, column)):
+            said.append(f"rows of more than one {column}, so not of one run: {several}")
+    return said
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.rows import Row, read
+from bench.rows import Row, origins, read
 from eqcvt._files import replacing
 
 COLOURS = {
@@ -157,7 +157,7 @@ def draw(path: Path) -> list[Path]:
             continue
         for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
-        about = f"{rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['versions']}"
+        about = f"{rows[0]['device']}, {rows[0]['dtype']}, {origins(rows, 'versions')}"
         figure.suptitle(about, fontsize=8)
         picture = path.with_name(f"{path.stem}{suffix}.png")
         with replacing(picture) as new:

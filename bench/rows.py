@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from filelock import FileLock
+
 from eqcvt._files import replacing
 
 KEY = ("case", "op", "implementation", "shape", "dtype", "threads")
@@ -47,11 +49,17 @@ def save(folder: Path, rows: list[Row]) -> None:
     name = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
     path = folder / f"{name}.csv"
     folder.mkdir(parents=True, exist_ok=True)
-    table = merged(read(path), rows)
-    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator=os.linesep)
-        writer.writeheader()
-        writer.writerows(table)
+    with FileLock(path.with_suffix(".lock")):  # another run may write at the same time
+        table = merged(read(path), rows)
+        with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator=os.linesep)
+            writer.writeheader()
+            writer.writerows(table)
+
+
+def origins(rows: list[Row], column: str) -> str:
+    """Return the versions or commits that rows were made with, each once."""
+    return " / ".join(sorted({row[column] for row in rows}))
 
 
 def lines(table: list[Row], columns: tuple[str, ...] = PRINTED) -> list[str]:

@@ -40,7 +40,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(new, path)
     finally:
-        # Whatever came between the two renames, an interrupt included, the older folder returns.
+        # If interrupted between the two renames, put the older folder back.
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(outer, ignore_errors=True)

@@ -71,7 +71,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def origin() -> dict[str, Any]:
-    """Return what a recorded number needs to be made again: command, versions, device."""
+    """Return what makes a recorded number again: command, versions, platform, threads."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,17 @@ def test_a_run_takes_the_place_of_its_own_rows_only(tmp_path: Path) -> None:
         ("triton", "bfloat16", "3.0"),
         ("triton", "tf32", "5.0"),
     ]
+
+
+def test_runs_that_write_at_once_keep_each_other_s_rows(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: rows.save(tmp_path, [row("triton", i, case=f"{i}")]), range(40)))
+    assert len(rows.read(tmp_path / "a-gpu.csv")) == 40
+
+
+def test_rows_of_several_commits_are_not_taken_for_one_run() -> None:
+    said = must.report([row("escnn", 150.0, commit="a"), row("triton", 10.0, commit="b")])
+    assert said[-1] == "rows of more than one commit, so not of one run: a / b"
 
 
 def test_pictures(tmp_path: Path) -> None:

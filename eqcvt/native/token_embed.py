@@ -31,7 +31,7 @@ def supports(x: Tensor, filters: Tensor) -> str | None:
         return f"filters of {filters.shape[2]}x{filters.shape[3]} are not square"
     patch = filters[0].numel()
     if x.device.type == "cpu" and patch > PATCH_PAYS:
-        return f"patches of {patch} numbers are too many to gain by it (up to {PATCH_PAYS} do)"
+        return f"patches of {patch} values are faster in plain PyTorch (up to {PATCH_PAYS} are not)"
     if x.device.type == "cuda" and (filters.shape[2] > LARGEST_FILTER or len(filters) > WIDEST):
         return (
             f"{len(filters)} filters of {filters.shape[2]} pixels are more than the {WIDEST} of "

@@ -92,7 +92,8 @@ class use_backend:
 def _unavailable(backend: str, device: str) -> str | None:
     """Return why ``backend`` serves nothing on ``device``, or None, its modules then imported.
 
-    All at once and before the first look at them: a compiler sees a global only as it was.
+    All are imported at once, as ``torch.compile`` reads the global that holds them only once: what
+    was added later it would not see.
     """
     reason = _REASONS[backend](device)
     if reason is None and not _modules[backend]:
@@ -137,8 +138,8 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-# What torch.compiler.assume_constant_result does, which would import the whole compiler here. Of
-# the last, because dynamo itself takes is_exporting() for true in torch.compile (torch 2.11).
+# The mark that torch.compiler.assume_constant_result sets, which would import the compiler here.
+# _exporting has it because Dynamo takes is_exporting() for true under torch.compile (torch 2.11).
 for _constant in (_unavailable, _unproven, _warn_of_plain_pytorch, _exporting):
     _constant._dynamo_marked_constant = True  # type: ignore[union-attr]
 

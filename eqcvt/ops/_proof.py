@@ -51,7 +51,7 @@ class Device(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A file that was looked for: its content, or why nothing of it, or no launch, counts."""
+    """A file that was looked for: its content, or why it or its launches are ignored."""
 
     path: Path
     content: dict[str, Any]
@@ -73,7 +73,7 @@ def devices() -> list[Device]:
 
 @functools.cache
 def kind(index: int) -> Device:
-    """Return what kind of GPU torch's one of this number is."""
+    """Return the kind of the GPU with this index in torch."""
     about = torch.cuda.get_device_properties(index)
     return Device(about.name, f"{about.major}.{about.minor}")
 
@@ -116,7 +116,7 @@ def sources(backend: str) -> str:
 
 
 def identity(backend: str, launches: dict[str, dict[str, int]]) -> str:
-    """Return what names the kernels that a check was made of: their sources and their launches."""
+    """Return a hash of the kernels that a check was made of: their sources and launches."""
     if backend != "triton":
         return sources(backend)
     text = sources(backend) + json.dumps(launches, sort_keys=True)

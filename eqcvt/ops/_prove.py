@@ -31,8 +31,8 @@ _tried: dict[tuple[_proof.Device, str, tuple[str, ...]], str] = {}
 def why_not(device: _proof.Device, op: str, backend: str, precision: str) -> str | None:
     """Return why a backend's kernels of an op are not proven on a kind of GPU, or None.
 
-    Those without a verdict are checked first, which may take minutes, once per machine; of float32
-    with TF32 and without, for one step wants both.
+    Those without a verdict are checked first, which may take minutes, once per machine. For float32
+    that is TF32 and IEEE, as one step may use both.
 
     Raises:
         FileNotFoundError: if EQCVT_TUNED names a file that is not there.

@@ -1,4 +1,4 @@
-"""Reading images: a few of an archive at a time, made to fit the model, and what of bad ones."""
+"""Reading images a few at a time, fitting them to the model, and handling those that are bad."""
 
 from __future__ import annotations
 

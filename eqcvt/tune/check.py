@@ -182,7 +182,7 @@ def apart(
 ) -> Verdict:
     """Return the verdict on kernels with these launches in some calls, found by another process.
 
-    A process that crashes is one on the kernels too.
+    A crash of that process is a verdict too: the kernels are wrong.
 
     Raises:
         Unchecked: if the check itself failed, as where the device has no room for it, or there is

@@ -287,7 +287,7 @@ def test_refusals_name_the_reason() -> None:
     reason = token_embed.supports(x, filters[..., :2])
     assert reason == "filters of 3x2 are not square"
     reason = token_embed.supports(torch.zeros(1, 29, 5, 5), torch.zeros(8, 29, 3, 3))
-    assert reason == "patches of 261 numbers are too many to gain by it (up to 256 do)"
+    assert reason == "patches of 261 values are faster in plain PyTorch (up to 256 are not)"
 
 
 def test_filters_beyond_the_image_are_an_error() -> None:
