@@ -22,7 +22,6 @@ from bench.implementations import IMPLEMENTATIONS, calls, contender
 from bench.timing import Function, synchronise
 from eqcvt.convert import to_escnn
 from eqcvt.models import VisionModel
-from tests import escnn_stub
 
 VARIANTS: dict[str, tuple[type[VisionModel], dict[str, Any]]] = {
     "EqCvT": (eqcvt.EqCvT, {}),
@@ -105,7 +104,6 @@ def main(text: str, implementation: str, device: str) -> float:
 
     The case of the text is a training or an inference.
     """
-    escnn_stub.install()
     case = Case(**json.loads(text))
     images, labels = batch(case, device)
     synchronise(device)

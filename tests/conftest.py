@@ -19,10 +19,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import escnn_stub
+from eqcvt.convert import _escnn
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-_escnn = escnn_stub.install()
+_no_escnn = _escnn.install()
 settings.register_profile("eqcvt", derandomize=True, deadline=None)
 settings.load_profile("eqcvt")
 
@@ -50,7 +50,7 @@ MISSING: dict[str, Callable[[], str | None]] = {
     "triton": lambda: _backend("triton"),
     "triton-package": lambda: _package("triton"),
     "native": lambda: _backend("native"),
-    "escnn": lambda: _escnn,
+    "escnn": lambda: _no_escnn,
     "caustics": lambda: _package("caustics"),
     "lenstronomy": lambda: _package("lenstronomy"),
     "onnxruntime": lambda: _package("onnxruntime"),

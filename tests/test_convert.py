@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -279,8 +280,14 @@ def test_cvt_round_trip_without_escnn(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_to_escnn_without_escnn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "escnn", None)
-    with pytest.raises(ImportError, match=r"escnn cannot be imported .*pip install escnn"):
+    with pytest.raises(ImportError, match=r"escnn is not installed: pip install --no-deps escnn"):
         to_escnn(EqCvT(**SMALL))
+
+
+@pytest.mark.needs("escnn")
+def test_to_escnn_needs_nothing_imported_before() -> None:
+    code = f"from eqcvt import EqCvT, convert; convert.to_escnn(EqCvT(**{SMALL!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

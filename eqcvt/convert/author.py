@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eqcvt.convert import _escnn
 from eqcvt.convert.build import Settings
 from eqcvt.convert.filters import LARGEST_RESIDUAL, solve
 from eqcvt.convert.layout import WEIGHTS, Layout, read_layout
@@ -159,14 +160,11 @@ class AuthorModel(nn.Module):
         )
 
     def _build_front(self, c: dict[str, Any]) -> None:
-        try:
-            from escnn import gspaces
-            from escnn import nn as enn
-        except ImportError as error:
-            raise ImportError(
-                f"to_escnn builds the steerable front of escnn's modules, but escnn cannot be "
-                f"imported ({error}); install it: pip install escnn"
-            ) from error
+        if why := _escnn.install():
+            raise ImportError(f"to_escnn builds the steerable front of escnn's modules, but {why}")
+        from escnn import gspaces
+        from escnn import nn as enn
+
         group = Group.from_name(c["group"])
         space = (gspaces.flipRot2dOnR2 if group.reflections else gspaces.rot2dOnR2)(group.n)
         images = enn.FieldType(space, [space.trivial_repr] * c["in_channels"])

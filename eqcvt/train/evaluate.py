@@ -113,8 +113,8 @@ def rotation_robustness(
             x = model_input(model, images)
             parts.append(torch.stack([model(rotate(x, angle)).double() for angle in ANGLES]))
             if mirrors:
-                images = [symmetries.act_on_image(x, element) for element in mirrors]
-                mirrored.append(torch.stack([model(image).double() for image in images]))
+                flipped = [symmetries.act_on_image(x, element) for element in mirrors]
+                mirrored.append(torch.stack([model(image).double() for image in flipped]))
     turned = torch.cat(parts, dim=1)
     orbit = turned[:: len(ANGLES) // symmetries.n]
     if mirrored:

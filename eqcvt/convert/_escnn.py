@@ -1,4 +1,4 @@
-"""Makes escnn, the judge of the parity tests, work beside today's NumPy and scikit-learn."""
+"""Makes escnn, to which weights are converted, work beside today's NumPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import types
 import warnings
 from typing import Any, NoReturn
 
+# Its other requirements serve SO(3) alone: one wants a Fortran compiler, another NumPy 1.
+INSTALL = "pip install --no-deps escnn==1.0.11 cloudpickle joblib scipy"
 _NAME = "lie_learn.representations.SO3.wigner_d"
 
 
@@ -38,7 +40,7 @@ def install() -> str | None:
     without that function escnn takes SciPy's exact decomposition.
     """
     if importlib.util.find_spec("escnn") is None:
-        return "escnn is not installed (pip install --no-deps -r tests/requirements-escnn.txt)"
+        return f"escnn is not installed: {INSTALL}"
     try:
         importlib.import_module(_NAME)
     except Exception:
@@ -47,7 +49,8 @@ def install() -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("escnn.nn")
-            importlib.import_module("escnn.group._numerical").randomized_svd = None
+            numerical: Any = importlib.import_module("escnn.group._numerical")
+            numerical.randomized_svd = None
     except Exception as error:
-        return f"escnn cannot be imported: {error}"
+        return f"escnn cannot be imported ({type(error).__name__}: {error}): {INSTALL}"
     return None
