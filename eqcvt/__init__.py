@@ -1,6 +1,9 @@
 """EqCvT: a rotation-equivariant Convolutional vision Transformer for strong-lensing images."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module as _import_module
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 
 from eqcvt import convert, nn, ops
 from eqcvt.fast import accelerate, decelerate
@@ -17,8 +20,8 @@ from eqcvt.models import (
 from eqcvt.ops import use_backend
 
 try:
-    __version__ = version("eqcvt")
-except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = _version("eqcvt")
+except _PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
@@ -38,3 +41,16 @@ __all__ = [
     "pretrained_folder",
     "use_backend",
 ]
+
+# Parts that need more than the models, each imported when it is first asked for.
+_LATER = ("data", "export", "plots", "predict", "report", "train", "tune")
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name in _LATER:
+        return _import_module(f"eqcvt.{name}")
+    raise AttributeError(f"module 'eqcvt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import eqcvt
+
 PACKAGE = Path(__file__).resolve().parents[1] / "eqcvt"
 TOP = "eqcvt"
 
@@ -182,3 +184,19 @@ def test_import_touches_no_gpu_and_compiles_nothing(loaded: dict[str, list[str]]
     assert loaded["touched"] == []
     compilers = ("torch._inductor.compile_fx", "torch._inductor.async_compile", "triton.compiler")
     assert set(loaded["new"]).isdisjoint(compilers)
+
+
+def test_parts_are_imported_when_they_are_asked_for() -> None:
+    names = ("data", "export", "plots", "predict", "report", "train", "tune")
+    found = _fresh(
+        "import eqcvt, json, sys\n"
+        "before = [n for n in sys.modules if n.startswith('eqcvt.')]\n"
+        f"parts = [getattr(eqcvt, name).__name__ for name in {names}]\n"
+        "print(json.dumps({'before': before, 'parts': parts, 'dir': dir(eqcvt)}))\n"
+    )
+    parts = [f"eqcvt.{name}" for name in names]
+    assert found["parts"] == parts
+    assert set(parts).isdisjoint(found["before"])
+    assert set(names) < set(found["dir"])
+    with pytest.raises(AttributeError, match="module 'eqcvt' has no attribute 'trian'"):
+        eqcvt.trian  # noqa: B018

@@ -445,3 +445,16 @@ def test_the_wrong_class_is_named(tmp_path: Path) -> None:
     CvT(1, image_size=33).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"the architecture CvT, not EqCvT; eqcvt\.load_model"):
         EqCvT.from_pretrained(tmp_path)
+
+
+def test_the_repr_of_a_model_says_what_it_is() -> None:
+    text = repr(EqCvT(1, image_size=33, invariance="exact"))
+    for part in (
+        "in_channels=1, num_classes=2, image_size=33, group='C4', invariance='exact'",
+        "C4, trivial 1 -> regular 10, kernel_size=7",
+        "Filters(10 -> 32, kernel_size=3, symmetry=C4)",
+        "heads=3, kv_stride=2, dropout=0.1",
+        "stride=2, padding=1",
+        "LayerNorm(32, eps=1e-05)",
+    ):
+        assert part in text

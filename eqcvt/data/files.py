@@ -26,7 +26,7 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
 _SHARD = re.compile(r"^(?P<name>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.npz$")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LensingImages:
     """Labelled images.
 
@@ -50,6 +50,10 @@ class LensingImages:
     config: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     index: npt.NDArray[np.int64] | None = None
+
+    def __repr__(self) -> str:
+        shape, classes = "x".join(map(str, self.images.shape)), ", ".join(self.classes)
+        return f"LensingImages({shape} {self.images.dtype}, classes: {classes})"
 
     def __post_init__(self) -> None:
         if self.images.dtype not in (np.uint8, np.float32):

@@ -135,6 +135,10 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
                 f"eqcvt.data.to_unit turns grey values into numbers from 0 to 1"
             )
 
+    def extra_repr(self) -> str:
+        shown = ("in_channels", "num_classes", "image_size", "group", "invariance")
+        return ", ".join(f"{name}={self.config[name]!r}" for name in shown if name in self.config)
+
     def front(self, x: Tensor) -> Tensor:
         """Return the feature maps that the first stage reads: the images, if there is no front."""
         return x

@@ -50,3 +50,8 @@ class Filters(nn.Module):
             return self.weight
         orbits = self.orbits.to(self.weight.dtype)
         return (self.weight.unsqueeze(-1).unsqueeze(-1) * orbits).sum(2)
+
+    def extra_repr(self) -> str:
+        filters, channels, *_, size = (self.weight if self.orbits is None else self()).shape
+        symmetry = "" if self.symmetry is None else f", symmetry={self.symmetry.name}"
+        return f"{channels} -> {filters}, kernel_size={size}{symmetry}"

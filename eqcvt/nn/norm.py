@@ -104,6 +104,9 @@ class LayerNorm(nn.Module):
         """Normalise ``x`` ``[B, D, H, W]``."""
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
 
 def set_sync_batch_norm(model: nn.Module, process_group: dist.ProcessGroup | None) -> None:
     """Make every batch norm of ``model`` share its statistics over a process group.

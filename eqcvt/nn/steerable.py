@@ -119,5 +119,7 @@ class SteerableLift(nn.Module):
         kind = "regular" if self.regular else "trivial"
         return (
             f"{self.group.name}, {kind} {channels} -> regular {fields}, "
-            f"kernel_size={self.basis.shape[-1]}, basis={count}, pool={self.pool}"
+            f"kernel_size={self.basis.shape[-1]}, basis={count}, stride={self.stride}, "
+            f"padding={self.padding}, mask={self.mask is not None}, "
+            f"blur={self.blur is not None}, blur_stride={self.blur_stride}, pool={self.pool}"
         )

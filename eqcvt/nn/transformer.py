@@ -123,6 +123,9 @@ class TokenEmbed(nn.Module):
             backend=self.backend,
         )
 
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}"
+
 
 class DepthwiseProjection(nn.Module):
     """A depthwise filter per channel and the batch norm behind it; applied by the attention op.
@@ -213,6 +216,9 @@ class ConvAttention(nn.Module):
             eps=self.q_conv.norm.eps,
         )
 
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, kv_stride={self.kv_stride}, dropout={self.dropout}"
+
 
 class MlpBlock(nn.Module):
     """Pre-norm MLP with residual, :func:`eqcvt.ops.mlp_block`.
@@ -245,6 +251,9 @@ class MlpBlock(nn.Module):
             eps=self.norm.eps,
             backend=self.backend,
         )
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
 
 
 class Block(nn.Module):

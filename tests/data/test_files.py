@@ -301,3 +301,8 @@ def test_contact_sheet(simulated):
         contact_sheet(simulated.subset([]))
     with pytest.raises(ValueError, match="rows must be at least 1"):
         contact_sheet(simulated, rows=0)
+
+
+def test_the_repr_of_a_set_says_its_size_and_not_its_pixels() -> None:
+    data = LensingImages(np.zeros((2, 3, 5, 5), np.uint8), np.zeros(2, np.uint8))
+    assert repr(data) == "LensingImages(2x3x5x5 uint8, classes: no_sub, sub)"
