@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import safetensors.torch
 import torch
@@ -134,6 +134,10 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
                 f"images must be floating point, got {x.dtype}; "
                 f"eqcvt.data.to_unit turns grey values into numbers from 0 to 1"
             )
+
+    if TYPE_CHECKING:  # torch's own says nothing of the result
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         shown = ("in_channels", "num_classes", "image_size", "group", "invariance")
