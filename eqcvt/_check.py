@@ -7,6 +7,10 @@ import math
 import operator
 from collections.abc import Iterable
 
+import torch
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def choice(what: str, given: object, allowed: Iterable[str]) -> str:
     """Return ``given`` if it is one of ``allowed``; else raise a ValueError that suggests one."""
@@ -54,3 +58,15 @@ def fraction(what: str, given: object, *, below_one: bool = True) -> float:
     if not 0 <= value <= 1 or (below_one and value == 1):
         raise ValueError(f"{what} must lie in [0, 1{')' if below_one else ']'}, got {given}")
     return value
+
+
+def amp_dtype(amp: str, device_type: str) -> torch.dtype | None:
+    """Return what autocast computes in on a type of device, or None for no autocast.
+
+    Raises:
+        ValueError: on another name than ``off``, ``bf16`` and ``fp16``, and on fp16 without a GPU.
+    """
+    dtype = AMP[choice("amp", amp, AMP)]
+    if amp == "fp16" and device_type == "cpu":
+        raise ValueError("amp='fp16' needs a GPU; on the CPU use amp='bf16' or amp='off'")
+    return dtype

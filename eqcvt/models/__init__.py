@@ -1,6 +1,6 @@
 """The models, their registry and their files."""
 
-from eqcvt.models._base import VisionModel
+from eqcvt.models._base import VisionModel, evaluating
 from eqcvt.models.cvt import CvT
 from eqcvt.models.eqcvt import EqCvT
 from eqcvt.models.registry import (
@@ -17,6 +17,7 @@ __all__ = [
     "EqCvT",
     "VisionModel",
     "create_model",
+    "evaluating",
     "list_models",
     "list_pretrained",
     "load_model",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -64,6 +65,19 @@ class Head(nn.Module):
             return x
         logits: Tensor = self.classifier(x)
         return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class VisionModel(nn.Module, PyTorchModelHubMixin):
@@ -172,7 +186,6 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         """
         return self.forward_head(self.forward_features(x))
 
-    @torch.no_grad()
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """Return each transformer block's softmax weights ``[B, heads, N, M]`` for images ``x``.
 
@@ -181,9 +194,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         """
         self._check_input(x)
         maps = []
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
+        with evaluating(self):
             x = self.front(x)
             for stage in self.stages:
                 assert isinstance(stage, TransformerStage)
@@ -193,9 +204,6 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
                     assert isinstance(attention, ConvAttention)
                     maps.append(attention.weights(x))
                     x = block(x)
-        finally:
-            for module, training in modes:
-                module.training = training
         return maps
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eqcvt._check import choice, integer
+from eqcvt._check import amp_dtype, integer
 from eqcvt.data import to_unit
 from eqcvt.models import VisionModel
 from eqcvt.predict.ahead import ahead
 from eqcvt.predict.images import Images
 from eqcvt.predict.read import SKIPPED, Chunk
-
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,9 @@ def predict(
         ValueError, FileNotFoundError: as ``Images.find`` and ``Images.chunks`` say.
     """
     integer("batch_size", batch_size)
-    dtype, weights = AMP[choice("amp", amp, AMP)], next(model.parameters())
+    weights = next(model.parameters())
     device = weights.device
-    if amp == "fp16" and device.type == "cpu":
-        raise ValueError("amp='fp16' needs a GPU; on the CPU use amp='bf16' or amp='off'")
+    dtype = amp_dtype(amp, device.type)
     found = images if isinstance(images, Images) else Images.find(images, readers=readers)
     names = class_names(model, classes)
     size, channels = model.config["image_size"], model.config["in_channels"]

@@ -13,8 +13,9 @@ from typing import Any
 import tomli_w
 import yaml
 
-from eqcvt._check import choice, fraction, integer
+from eqcvt._check import AMP, amp_dtype, boolean, choice, fraction, integer, number
 from eqcvt._files import replacing
+from eqcvt.data import MODES
 from eqcvt.models import list_models
 
 if sys.version_info >= (3, 11):
@@ -24,8 +25,6 @@ else:
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
-AMP = ("off", "bf16", "fp16")
-AUGMENT = ("rotate", "dihedral", "none")
 SPLIT_SEED = 1337
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -133,10 +132,8 @@ class TrainConfig:
             raise ValueError(
                 f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs}"
             )
-        if self.amp == "fp16" and self.device == "cpu":
-            raise ValueError(
-                "amp='fp16' needs a GPU; with device='cpu' use amp='bf16' or amp='off'"
-            )
+        if self.device == "cpu":
+            amp_dtype(self.amp, "cpu")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -228,21 +225,14 @@ def _number(low: float, *, open_below: bool = False, high: float = math.inf) -> 
     """A check for finite numbers in [low, high], or in (low, high]."""
 
     def check(what: str, given: Any) -> float:
-        if isinstance(given, bool) or not isinstance(given, (int, float)):
-            raise TypeError(f"{what} must be a number, got {type(given).__name__} {given!r}")
-        if not math.isfinite(given) or given < low or given > high or (open_below and given == low):
+        value = number(what, given)
+        if value < low or value > high or (open_below and value == low):
             above = f"above {low:g}" if open_below else f"at least {low:g}"
             below = "" if high == math.inf else f" and at most {high:g}"
             raise ValueError(f"{what} must be {above}{below}, got {given}")
-        return float(given)
+        return value
 
     return check
-
-
-def _boolean(what: str, given: Any) -> bool:
-    if not isinstance(given, bool):
-        raise TypeError(f"{what} must be true or false, got {type(given).__name__} {given!r}")
-    return given
 
 
 def _path(what: str, given: Any) -> str:
@@ -317,18 +307,18 @@ _CHECKS: dict[str, Check] = {
     "step_gamma": _number(0, open_below=True, high=1),
     "label_smoothing": fraction,
     "clip": _number(0),
-    "amp": _one_of(AMP),
+    "amp": _one_of(tuple(AMP)),
     "ema": fraction,
     "recalibrate": _integer(0),
     "early_stopping": _integer(0),
-    "augment": _one_of(AUGMENT),
+    "augment": _one_of(MODES),
     "supersample": _integer(1),
     "seed": _integer(0),
-    "deterministic": _boolean,
-    "compile": _boolean,
-    "cuda_graph": _boolean,
-    "sync_batch_norm": _boolean,
-    "tensorboard": _boolean,
+    "deterministic": boolean,
+    "compile": boolean,
+    "cuda_graph": boolean,
+    "sync_batch_norm": boolean,
+    "tensorboard": boolean,
     "device": _device,
 }
 _FLOATS = frozenset(f.name for f in fields(TrainConfig) if "float" in str(f.type))

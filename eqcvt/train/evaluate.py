@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from eqcvt.data import Batches, LensingImages, to_unit
 from eqcvt.data import rotate as interpolated_rotation
 from eqcvt.groups import Group
+from eqcvt.models import evaluating
 from eqcvt.train.distributed import resolve_device
 from eqcvt.train.metrics import classification
 
@@ -64,7 +64,7 @@ def predict_logits(
         ValueError: when the images do not fit the model, or there are none.
     """
     batches = _batches(model, data, device, batch_size)
-    with _evaluating(model):
+    with evaluating(model):
         return torch.cat([model(model_input(model, images)).cpu() for images, _ in batches])
 
 
@@ -79,7 +79,7 @@ def logits_over_angles(model: nn.Module, images: Tensor, angles_degrees: Sequenc
     Returns:
         [A, B, K]. Multiples of 90 degrees move pixels exactly; others interpolate bilinearly.
     """
-    with _evaluating(model):
+    with evaluating(model):
         x = model_input(model, images)
         return torch.stack([model(rotate(x, angle)) for angle in angles_degrees])
 
@@ -108,7 +108,7 @@ def rotation_robustness(
     symmetries = Group.from_name(group).grid_symmetries
     mirrors = range(symmetries.n, symmetries.order)
     parts, mirrored = [], []
-    with _evaluating(model):
+    with evaluating(model):
         for images, _ in batches:
             x = model_input(model, images)
             parts.append(torch.stack([model(rotate(x, angle)).double() for angle in ANGLES]))
@@ -154,19 +154,6 @@ def check_channels(model: nn.Module, data: LensingImages) -> None:
         raise ValueError(
             f"the model takes images with {channels} channels, the data has {data.channels}"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _batches(

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
+from eqcvt._check import amp_dtype
 from eqcvt._files import replacing
 from eqcvt.data import Augment, Batches, LensingImages
 from eqcvt.models import VisionModel
@@ -47,7 +48,6 @@ CONFIG, METRICS, BEST, LAST, TENSORBOARD = (
     "last",
     "tensorboard",
 )
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, process: Process, *, resume: bool, quiet: bool) -> None:
         self.config, self.process, self.folder = config, process, Path(config.out)
-        amp = config.amp
-        if amp == "fp16" and process.device.type == "cpu":
-            raise ValueError("amp='fp16' needs a GPU; on the CPU use amp='bf16' or amp='off'")
+        self.amp = amp_dtype(config.amp, process.device.type)
         data, self.validation = load_data(config)
         self.batches = _batches(config, process, data)
         self.labels = torch.from_numpy(self.validation.labels).long()
@@ -135,7 +133,7 @@ class _Run:
         self.state = State(
             model=model,
             optimizer=make_optimizer(model, config, capturable=graphed),
-            scaler=torch.amp.GradScaler(process.device.type, enabled=amp == "fp16"),
+            scaler=torch.amp.GradScaler(process.device.type, enabled=config.amp == "fp16"),
             average=average,
             progress=Progress(data=_fingerprint(data, self.validation)),
         )
@@ -182,7 +180,7 @@ class _Run:
             state.optimizer,
             loss_fn=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
             prepare=partial(_gather, self.batches, self.augment, state.model),
-            amp=AMP_DTYPES[config.amp],
+            amp=self.amp,
             clip=config.clip,
             scaler=state.scaler,
             average=state.average,

@@ -8,12 +8,11 @@ from typing import Any
 from torch.optim import Adam, AdamW, Optimizer
 
 from eqcvt.data import LensingImages, load, split
+from eqcvt.data.folders import SPLITS
 from eqcvt.models import VisionModel, create_model
 from eqcvt.nn import set_backend
 from eqcvt.train.average import Average
 from eqcvt.train.config import SPLIT_SEED, TrainConfig
-
-SPLITS = ("train", "val")
 
 
 def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
