@@ -107,7 +107,7 @@ KERNELS = {
         {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "token_embed_fwd": Kernel(
-        {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES}, WIDTHS
+        {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_P"
     ),
     "token_embed_bwd": Kernel(
         {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES, **RESIDENT},

@@ -8,10 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def normalise(x, m_d, eps, D: tl.constexpr):
-    """Return the rows of ``x`` (0 beyond D) with mean 0 and variance 1, and 1 / deviation."""
+    """Return the rows of ``x`` (0 beyond D) with mean 0 and variance 1, and 1 / deviation.
+
+    Without an ``eps`` rows that are no tokens, all zero, would be NaN, and with them every sum over
+    rows: it is the smallest normal number at least.
+    """
     mean = tl.sum(x, 1) / D
     centred = tl.where(m_d[None, :], x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + tl.maximum(eps, 2.0**-126))
     return centred * rstd[:, None], rstd
 
 

@@ -21,13 +21,16 @@ __all__ = ["backward", "forward", "supports"]
 LARGEST_WIDTH = 128
 
 
-def supports(x: Tensor, filters: Tensor) -> str | None:
+def supports(x: Tensor, filters: Tensor, *, padding: int) -> str | None:
     """Return why these kernels cannot take images ``x`` ``[B, C, H, W]``, or None if they can."""
     if reason := refusal(x):
         return reason
     if not 16 <= filters.shape[0] <= LARGEST_WIDTH:
         return f"takes 16 to {LARGEST_WIDTH} output channels, not {filters.shape[0]}"
-    # Offsets inside an image are 32-bit numbers.
-    if max(x[:1].numel(), filters.shape[0] * x.shape[2] * x.shape[3]) >= 2**31:
+    if filters.shape[2] != filters.shape[3]:
+        return f"takes square filters, not {filters.shape[2]}x{filters.shape[3]}"
+    # Offsets inside an image are 32-bit numbers; a token has one pixel of the padded image.
+    height, width = (size + 2 * padding for size in x.shape[2:])
+    if max(x[:1].numel(), filters.shape[0] * height * width) >= 2**31:
         return f"takes fewer than 2 ** 31 values per image, not {list(x.shape[1:])}"
     return None

@@ -17,12 +17,13 @@ LARGEST_FILTER, WIDEST = 13, 512
 PATCH_PAYS = 256
 
 
-def supports(x: Tensor, filters: Tensor) -> str | None:
+def supports(x: Tensor, filters: Tensor, *, padding: int) -> str | None:
     """Return why the extension cannot serve a call, or None if it can.
 
     Args:
         x: ``[B, C, H, W]``.
         filters: ``[D, C, k, k]``.
+        padding: zeros on each side of ``x``.
     """
     reason = refuses_dtype(x)
     if reason is not None:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from eqcvt import _check
 from eqcvt.ops import _proof, _prove
@@ -251,6 +252,14 @@ def choose(
     if requested == "reference" or _exporting():  # every op has one, on every device
         return "reference"
     _check.choice("EQCVT_BACKEND", requested, BACKENDS)
+    if forward_ad._current_level >= 0:
+        # The registered ops have gradients only, and torch would take their tangents for zero.
+        if requested == "auto":
+            return "reference"
+        raise CannotServe(
+            f"backend {requested!r} has no forward-mode derivatives of {op}; "
+            f"use_backend('reference') has"
+        )
     if requested != "auto":
         reason = _unavailable(requested, device.type) or supports(_modules[requested][op])
         if reason is not None:

@@ -210,6 +210,15 @@ def conv_attention(
             f"pointwise weights do not fit: q {list(w.q.shape)}, k {list(w.k.shape)}, "
             f"v {list(w.v.shape)}, out {list(w.out.shape)}"
         )
+    for p in (q, k, v):
+        if p is not None and not (
+            p.filters.shape == (x.shape[1], 1, *2 * p.filters.shape[-1:])
+            and p.filters.shape[-1] % 2
+        ):
+            raise ValueError(
+                f"a depthwise projection of {x.shape[1]} channels needs filters "
+                f"[{x.shape[1]}, 1, k, k] with odd k, got {list(p.filters.shape)}"
+            )
     if norm is not None and not norm.weight.shape == norm.bias.shape == x.shape[1:2]:
         raise ValueError(
             f"norm needs a weight and a bias [{x.shape[1]}], "

@@ -219,7 +219,8 @@ def lift(
         ValueError: if shapes do not fit together, or nothing would be left of the image.
         CannotServe: if the backend asked for by name cannot serve the call.
     """
-    if x.dim() != 4 or bank.dim() != 5 or x.shape[1] != bank.shape[2]:
+    square = bank.dim() == 5 and bank.shape[3] == bank.shape[4]
+    if x.dim() != 4 or not square or x.shape[1] != bank.shape[2]:
         raise ValueError(
             f"lift needs x [B, C, H, W] and bank [F, G, C, k, k] with the same C, "
             f"got {list(x.shape)} and {list(bank.shape)}"

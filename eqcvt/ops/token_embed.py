@@ -80,7 +80,7 @@ def token_embed(
         x.device,
         as_autocast(x).dtype,
         backend,
-        lambda module: module.supports(as_autocast(x), filters),
+        lambda module: module.supports(as_autocast(x), filters, padding=padding),
     )
     implementation = (
         token_embed_reference if chosen == "reference" else partial(_token_embed_fused, chosen)

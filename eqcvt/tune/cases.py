@@ -165,6 +165,7 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
         "two keys": {"shape": (3, 18, 3, 2), "heads": 1, "head_dim": 32},
         "normalised": {"shape": (2, 20, 9, 7), "norm": False},
         "wider than the heads": {"shape": (2, 64, 9, 7), "head_dim": 32},
+        "eight heads": {"shape": (2, 32, 11, 9), "heads": 8, "head_dim": 32},
     },
     "mlp_block": {
         "model": {"shape": (2, 32, 61, 61), "hidden": 64},
@@ -173,7 +174,8 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
         "32 channels": {"shape": (1, 32, 9, 5), "hidden": 256},
         "64 channels": {"shape": (1, 64, 13, 5), "hidden": 256},
         "128 channels": {"shape": (1, 128, 9, 9), "hidden": 390},
-        "128 channels, averaged": {"shape": (3, 128, 5, 7), "hidden": 512, "averaged": True},
+        "64 channels, averaged": {"shape": (2, 64, 13, 11), "hidden": 256, "averaged": True},
+        "128 channels, averaged": {"shape": (3, 128, 9, 16), "hidden": 512, "averaged": True},
         "one token": {"shape": (1, 18, 1, 1), "hidden": 7},
     },
     "token_embed": {
@@ -187,7 +189,9 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
             "stride": 4,
             "padding": 2,
         },
+        "64 channels, 3x3": {"shape": (1, 3, 33, 31), "dim": 64},
         "128 channels": {"shape": (1, 64, 15, 16), "dim": 128},
+        "128 channels, few taps": {"shape": (1, 3, 33, 31), "dim": 128},
         "one token": {"shape": (1, 1, 2, 2), "dim": 18, "padding": 0, "kernel": 2, "stride": 1},
     },
 }

@@ -307,6 +307,12 @@ def test_projections_and_gradients_are_as_good_as_pytorch_s(name: str) -> None:
     _check_projection(Projection(**PROJECTIONS[name]))
 
 
+def test_without_an_eps_pixels_beyond_the_image_spoil_no_gradient() -> None:
+    case = Projection()
+    case.stride["eps"] = 0.0
+    _check_projection(case)
+
+
 def test_half_precision_projections_are_as_good_as_pytorch_s() -> None:
     _check_projection(Projection(dtype=torch.float16, values=True))
 

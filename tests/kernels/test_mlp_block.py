@@ -89,6 +89,12 @@ def test_every_result_is_as_good_as_pytorch_s(name: str) -> None:
     Case(**CASES[name]).check()
 
 
+def test_without_an_eps_rows_that_are_no_tokens_spoil_no_gradient() -> None:
+    case = Case()
+    case.settings["eps"] = 0.0
+    case.check()
+
+
 def test_half_precision_is_as_good_as_pytorch_s() -> None:
     Case(**CASES["model"], dtype=torch.float16).check()
 

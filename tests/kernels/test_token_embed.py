@@ -89,6 +89,13 @@ def test_every_result_is_as_good_as_pytorch_s(name: str) -> None:
     Case(**CASES[name]).check()
 
 
+def test_without_an_eps_rows_that_are_no_tokens_spoil_no_gradient() -> None:
+    case = Case()
+    case.settings["eps"] = 0.0
+    case.parameters[1].zero_()
+    case.check()
+
+
 def test_half_precision_is_as_good_as_pytorch_s() -> None:
     Case(**CASES["model"], dtype=torch.float16).check()
 
@@ -165,17 +172,30 @@ def test_refusals_say_why(
     shape: tuple[int, ...], width: int, dtype: torch.dtype, reason: str
 ) -> None:
     x = torch.zeros(1, dtype=dtype).expand(shape)
-    why = token_embed.supports(x, torch.zeros(width, shape[1], 3, 3))
+    why = token_embed.supports(x, torch.zeros(width, shape[1], 3, 3), padding=1)
     assert why is not None
     assert reason in why
 
 
+def test_filters_that_are_not_square_and_grids_beyond_the_image_are_refused() -> None:
+    x = torch.zeros(1, 1, 1, 1).expand(1, 1, 4096, 4096)
+    assert token_embed.supports(x, torch.zeros(127, 1, 1, 1), padding=0) is None
+    why = token_embed.supports(x, torch.zeros(127, 1, 1, 1), padding=16)
+    assert why == "takes fewer than 2 ** 31 values per image, not [1, 4096, 4096]"
+    for size in ((5, 3), (3, 5)):
+        why = token_embed.supports(x, torch.zeros(16, 1, *size), padding=1)
+        assert why == f"takes square filters, not {size[0]}x{size[1]}"
+
+
 def test_devices_are_refused_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     x, filters = torch.zeros(1, 3, 9, 9), torch.zeros(32, 3, 3, 3)
-    assert token_embed.supports(x, filters) is None
-    assert token_embed.supports(x.to("meta"), filters) == "runs on CUDA devices, not on meta"
+    assert token_embed.supports(x, filters, padding=1) is None
+    assert (
+        token_embed.supports(x.to("meta"), filters, padding=1)
+        == "runs on CUDA devices, not on meta"
+    )
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert token_embed.supports(x, filters) == "runs on CUDA devices, not on the CPU"
+    assert token_embed.supports(x, filters, padding=1) == "runs on CUDA devices, not on the CPU"
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:

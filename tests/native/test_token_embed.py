@@ -281,12 +281,12 @@ def test_a_pixel_that_is_not_finite_breaks_what_sees_it(
 def test_refusals_name_the_reason() -> None:
     filters = torch.zeros(8, 4, 3, 3)
     x = torch.zeros(1, 4, 5, 5)
-    assert token_embed.supports(x, filters) is None
-    reason = token_embed.supports(x.half(), filters)
+    assert token_embed.supports(x, filters, padding=1) is None
+    reason = token_embed.supports(x.half(), filters, padding=1)
     assert reason == "the native extension has no kernel for torch.float16 on cpu"
-    reason = token_embed.supports(x, filters[..., :2])
+    reason = token_embed.supports(x, filters[..., :2], padding=1)
     assert reason == "filters of 3x2 are not square"
-    reason = token_embed.supports(torch.zeros(1, 29, 5, 5), torch.zeros(8, 29, 3, 3))
+    reason = token_embed.supports(torch.zeros(1, 29, 5, 5), torch.zeros(8, 29, 3, 3), padding=1)
     assert reason == "patches of 261 values are faster in plain PyTorch (up to 256 are not)"
 
 

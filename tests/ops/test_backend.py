@@ -120,3 +120,24 @@ def test_an_unknown_backend_in_the_environment_is_named() -> None:
     assert "EQCVT_BACKEND must be one of 'auto', 'reference', 'native', 'triton', got 'cuda'" in (
         run.stderr
     )
+
+
+@pytest.mark.needs("native")
+def test_forward_mode_derivatives_are_never_zero_for_want_of_one() -> None:
+    x = torch.randn(2, 16, 5, 5)
+    parameters = [torch.randn(s) for s in ((16,), (16,), (8, 16), (8,), (16, 8), (16,))]
+
+    def call(x: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+        with eqcvt.use_backend("auto"):
+            return ops.mlp_block(x, *parameters, backend=backend)
+
+    def along(backend: str) -> torch.Tensor:
+        tangent: torch.Tensor
+        _, tangent = torch.func.jvp(lambda t: call(t, backend), (x,), (torch.ones_like(x),))
+        return tangent
+
+    assert along("reference").abs().max() > 0.1
+    torch.testing.assert_close(along("auto"), along("reference"))
+    with pytest.raises(ops.CannotServe, match="no forward-mode derivatives of mlp_block"):
+        along("native")
+    assert call(x).grad_fn is None  # and the choice is the fast one again
