@@ -197,7 +197,8 @@ def logits_polar(
     """
     tables = {name: np.asarray(torch.as_tensor(v).float()) for name, v in logits.items()}
     rows = next(iter(tables.values())).shape[1]
-    figure = Figure(figsize=(3.5 * len(tables), 3.8 * rows + 0.5), layout="constrained")
+    width = max(5.5, 3.5 * len(tables))  # one panel is narrower than the title
+    figure = Figure(figsize=(width, 3.8 * rows + 0.5), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(rows, len(tables), squeeze=False, subplot_kw={"projection": "polar"})
     turn = np.radians([*angles, angles[0] + 360])
@@ -230,7 +231,7 @@ def logits_polar(
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(
         handles, [f"logit of {n}" for n in names], loc="outside lower center",
-        ncols=len(names), fontsize=8,
+        ncols=min(len(names), round(width / 1.8)), fontsize=8,
     )  # fmt: skip
     figure.suptitle("Logit (radius) against the rotation of the image (degrees)", fontsize=10)
     return figure

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 import eqcvt
@@ -210,10 +211,12 @@ def summary(
     left_out = set() if full else {"calibr.\nerror", "std of\nlogits,\ngroup"}
     left_out |= set() if timed else {"training\nseconds"}
     shown = {head: cell for head, cell in columns.items() if head not in left_out}
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("model", no_wrap=True)
+    table = Table(
+        title=escape(title) or None, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("model", overflow="fold", min_width=12)
     for head in shown:
         table.add_column(head, justify="right", no_wrap=True)
     for name, result in results.items():
-        table.add_row(name, *(cell(result) for cell in shown.values()))
+        table.add_row(escape(name), *(cell(result) for cell in shown.values()))
     return table

@@ -48,17 +48,23 @@ def evaluate(
     Writes metrics.json (last epoch with --last) and, besides the tables it prints, ROC, confusion,
     reliability, logits against angle for all models side by side, attention maps and samples.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from eqcvt import report
     from eqcvt.data import load as load_images
 
+    if split is not None and data is None:
+        raise ValueError(f"--split {split} says which part of --data PATH: give both")
     found = distinct([load(p, last=last, device=device) for p in [*models, *(compare or [])]])
     first = next(iter(found.values()))
     if data is None:
         images, source = held_out(first)
     else:
         images, source = load_images(data, split=split), str(data)
+    for name, item in found.items():
+        if note := other_classes(name, item.classes, images.classes):
+            console().print(f"note: {note}", markup=False, soft_wrap=True)
     nets = {name: item.model for name, item in found.items()}
     where = first.device
     screen = console()
@@ -69,13 +75,13 @@ def evaluate(
     folder = out or (beside if first.packaged else (first.run or first.folder) / "evaluation")
     screen.print(report.summary(results, title=f"{len(images)} images of {source}"))
     for name, result in results.items():
-        table = Table("true class", title=f"{name}: confusion")
+        table = Table("true class", title=f"{escape(name)}: confusion")
         for label in images.classes:
-            table.add_column(f"as {label}", justify="right")
+            table.add_column(f"as {escape(label)}", justify="right")
         table.add_column("AUC", justify="right")
         for label, row, auc in zip(images.classes, result["confusion"], result["auc"], strict=True):
             cells = map(str, row)
-            table.add_row(label, *cells, "undefined" if auc is None else f"{auc:.4f}")
+            table.add_row(escape(label), *cells, "undefined" if auc is None else f"{auc:.4f}")
         screen.print(table)
         for sentence in result["notes"]:
             screen.print(f"note: {sentence}", markup=False, soft_wrap=True)
@@ -100,12 +106,44 @@ def held_out(first: Loaded) -> tuple[LensingImages, str]:
     """Return the validation images of the model's own run, and what to call them.
 
     Raises:
-        ValueError: the model belongs to no run.
+        FileNotFoundError: the images are not where they were.
+        ValueError: the model belongs to no run, or the images are no longer those of the run.
     """
+    from eqcvt.train.checkpoint import trained_on
     from eqcvt.train.config import TrainConfig
+    from eqcvt.train.loop import LAST, _fingerprint
     from eqcvt.train.setup import load_data
 
     if first.run is None or not (first.run / "config.toml").is_file():
         raise ValueError(f"{first.folder} belongs to no run: say which images with --data PATH")
-    config = TrainConfig.from_file(first.run / "config.toml")
-    return load_data(config)[1], f"{config.val_data or config.data}, held out in training"
+    file = first.run / "config.toml"
+    config = TrainConfig.from_file(file)
+    try:
+        sets = load_data(config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}, which {file} names: say where the images are with --data PATH"
+        ) from error
+    if trained_on(first.run / LAST) not in (None, _fingerprint(*sets)):
+        raise ValueError(
+            f"{config.data} has other images than {first.run} was trained and validated on, so "
+            "none are known to be held out: say which with --data PATH"
+        )
+    return sets[1], f"{config.val_data or config.data}, held out in training"
+
+
+def other_classes(name: str, known: tuple[str, ...], given: tuple[str, ...]) -> str | None:
+    """Return what is to be said of a model whose classes have other names than the data's.
+
+    Raises:
+        ValueError: the same names in another order, by which every image would count as wrong.
+    """
+    if not known or known == given or len(known) != len(given):  # the latter is refused later
+        return None
+    theirs, ours = ", ".join(known), ", ".join(given)
+    if sorted(known) == sorted(given):
+        raise ValueError(
+            f"{name} has the classes {theirs} in this order, the data have {ours}: number the "
+            "labels of the data in the model's order"
+        )
+    return f"{name} was trained on the classes {theirs}; they are taken for {ours}, in this order"

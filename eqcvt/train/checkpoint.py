@@ -145,6 +145,14 @@ def load(folder: Path, state: State, config: TrainConfig) -> None:
     state.progress = Progress(**progress)
 
 
+def trained_on(folder: Path) -> str | None:
+    """Return the fingerprint of the data behind a checkpoint; None where there is none."""
+    if not (folder / SCALARS).is_file():
+        return None
+    data: str = _read_scalars(folder)["progress"]["data"]
+    return data
+
+
 def _optimized(state: State) -> dict[int, str]:
     """The name of each parameter, by its number in the optimizer's state."""
     names = {id(p): name for name, p in state.model.named_parameters()}

@@ -98,42 +98,6 @@ def test_flags_override_the_file_and_model_arguments_reach_the_model(
     assert chosen == {"fields": 3, "invariance": "exact", "dropout": 0.2}
 
 
-def test_evaluation_of_two_models(images: Path, run_folder: Path, tmp_path: Path) -> None:
-    other = eqcvt.CvT(in_channels=1, num_classes=2, image_size=SIZE)
-    other.save_pretrained(tmp_path / "cvt")
-    out = tmp_path / "results"
-    arguments = ("--data", images, "--compare", tmp_path / "cvt", "--out", out, "--angles", 8)
-    text = invoke("evaluate", run_folder, *arguments, "--samples", 4).output
-    assert "EqCvT C4 front" in text
-    assert "CvT" in text
-    assert f"wrote {out}" in text
-    found = json.loads((out / "metrics.json").read_text())
-    assert set(found["models"]) == {"EqCvT C4 front", "CvT"}
-    assert found["versions"]["torch"] == str(torch.__version__)
-    for result in found["models"].values():
-        assert result["n"] == 48
-        assert sum(map(sum, result["confusion"])) == 48
-        assert len(result["rotation"]["angles"]) == 8
-    stems = {"roc", "reliability", "logits_vs_angle"} | {
-        f"{what}_{name}"
-        for what in ("confusion", "samples", "attention")
-        for name in ("eqcvt_c4_front", "cvt")
-    }
-    assert {path.stem for path in out.glob("*.png")} == stems
-
-
-def test_evaluation_takes_the_held_out_images_of_the_run(run_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "results"
-    invoke("evaluate", run_folder, "--last", "--out", out, "--no-pictures")
-    found = json.loads((out / "metrics.json").read_text())
-    result = found["models"]["EqCvT C4 front"]
-    history = json.loads((run_folder / "metrics.json").read_text())
-    assert result["n"] == 12
-    assert result["accuracy"] == pytest.approx(history[-1]["val_accuracy"])
-    assert found["checkpoints"]["EqCvT C4 front"].endswith("last")
-    assert not list(out.glob("*.png"))
-
-
 def test_prediction_of_files_and_folders(images: Path, run_folder: Path, tmp_path: Path) -> None:
     data = load(images)
     folder = tmp_path / "pictures" / "deep"

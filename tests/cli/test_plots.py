@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -138,3 +139,12 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not supported"):
         plots.save(plots.sample_grid(np.zeros((1, 8, 8)), [0], CLASSES), path)
     assert path.read_text() == "old"
+
+
+def test_the_title_of_a_single_model_s_logits_fits_the_picture() -> None:
+    figure = plots.logits_polar([0, 90, 180, 270], {"CvT": torch.rand(4, 1, 3)}, ("a", "b", "c"))
+    FigureCanvasAgg(figure).draw()
+    title = figure.get_suptitle()
+    extent = next(t for t in figure.texts if t.get_text() == title).get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.width

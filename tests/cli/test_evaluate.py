@@ -1,0 +1,91 @@
+"""``eqcvt evaluate``: what it measures, of which images, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eqcvt
+from eqcvt.data import LensingImages, load
+from tests.cli.conftest import SIZE, TRAIN, invoke
+
+
+def saved(data: LensingImages, path: Path) -> Path:
+    """Write a set as other programs would."""
+    np.savez(path, images=data.images, labels=data.labels, classes=np.array(data.classes))
+    return path
+
+
+def test_evaluation_of_two_models(images: Path, run_folder: Path, tmp_path: Path) -> None:
+    other = eqcvt.CvT(in_channels=1, num_classes=2, image_size=SIZE)
+    other.save_pretrained(tmp_path / "cvt")
+    out = tmp_path / "results"
+    arguments = ("--data", images, "--compare", tmp_path / "cvt", "--out", out, "--angles", 8)
+    text = invoke("evaluate", run_folder, *arguments, "--samples", 4).output
+    assert "EqCvT C4 front" in text
+    assert "CvT" in text
+    assert f"wrote {out}" in text
+    found = json.loads((out / "metrics.json").read_text())
+    assert set(found["models"]) == {"EqCvT C4 front", "CvT"}
+    assert found["versions"]["torch"] == str(torch.__version__)
+    for result in found["models"].values():
+        assert result["n"] == 48
+        assert sum(map(sum, result["confusion"])) == 48
+        assert len(result["rotation"]["angles"]) == 8
+    stems = {"roc", "reliability", "logits_vs_angle"} | {
+        f"{what}_{name}"
+        for what in ("confusion", "samples", "attention")
+        for name in ("eqcvt_c4_front", "cvt")
+    }
+    assert {path.stem for path in out.glob("*.png")} == stems
+
+
+def test_evaluation_takes_the_held_out_images_of_the_run(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    invoke("evaluate", run_folder, "--last", "--out", out, "--no-pictures")
+    found = json.loads((out / "metrics.json").read_text())
+    result = found["models"]["EqCvT C4 front"]
+    history = json.loads((run_folder / "metrics.json").read_text())
+    assert result["n"] == 12
+    assert result["accuracy"] == pytest.approx(history[-1]["val_accuracy"])
+    assert found["checkpoints"]["EqCvT C4 front"].endswith("last")
+    assert not list(out.glob("*.png"))
+
+
+def test_classes_in_another_order_are_refused_and_other_names_are_said(
+    images: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    data = load(images)
+    turned = replace(data, labels=1 - data.labels, classes=data.classes[::-1], parameters={})
+    given = ("--data", saved(turned, tmp_path / "turned.npz"), "--no-pictures")
+    message = invoke("evaluate", run_folder, *given, code=2).stderr
+    assert "has the classes no_sub, sub in this order, the data have sub, no_sub" in message
+    renamed = replace(data, classes=("cdm", "[/red]"), parameters={})
+    given = ("--data", saved(renamed, tmp_path / "renamed.npz"), "--no-pictures")
+    text = invoke("evaluate", run_folder, *given, "--out", tmp_path / "out").output
+    assert "was trained on the classes no_sub, sub; they are taken for cdm, [/red]" in text
+    assert "as [/red]" in text
+
+
+def test_a_split_without_data_is_refused(run_folder: Path) -> None:
+    message = invoke("evaluate", run_folder, "--split", "test", code=2).stderr
+    assert "--split test says which part of --data PATH" in message
+
+
+def test_images_of_a_run_that_are_gone_or_others_are_not_taken_for_held_out(
+    images: Path, tmp_path: Path
+) -> None:
+    data, run = tmp_path / "set.npz", tmp_path / "run"
+    data.write_bytes(images.read_bytes())
+    invoke(*TRAIN, "--data", data, "--out", run, "--epochs", 1)
+    data.unlink()
+    message = invoke("evaluate", run, "--no-pictures", code=2).stderr
+    assert f"{data}, which {run / 'config.toml'} names" in message
+    invoke("simulate", data, "--count", 50, "--size", SIZE, "--seed", 3, "--workers", 1)
+    message = invoke("evaluate", run, "--no-pictures", code=2).stderr
+    assert f"{data} has other images than {run} was trained and validated on" in message
