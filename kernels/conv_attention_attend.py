@@ -30,6 +30,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 SAFE_EXPONENT = tl.constexpr(60.0)
 
 
+@triton.constexpr_function
+def step(block, width):
+    """Return how many of a block of keys are multiplied at a time: more want too many registers."""
+    return 32 if block > 32 and width <= 64 else block
+
+
 @triton.jit
 def head_weight(weight_ptr, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return matrix ``h`` of ``[heads, D, D]``, padded with zeros."""
@@ -80,7 +86,8 @@ def _attend_keys(
     """Add one tile of keys to the running sums of one tile of queries.
 
     Per score: two products of D, one exponential and one addition; if not BOUNDED also one for the
-    running maximum and one to subtract it, and a product per channel and tile.
+    running maximum and one to subtract it, and a product per channel and tile. ``total`` has the
+    columns that a matrix unit gives to different threads: they exchange their sums at the end.
     """
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -97,49 +104,14 @@ def _attend_keys(
         above = tl.maximum(top, tl.max(s, 1))
         fade = tl.exp2(top - above)
         p = tl.exp2(s - above[:, None])
-        total = total * fade
+        total = total * fade[:, None]
         acc = acc * fade[:, None]
         top = above
-    total += tl.sum(p, 1)
+    COLUMNS: tl.constexpr = total.shape[1]
+    total += tl.sum(tl.reshape(p, [total.shape[0], BLOCK_M // COLUMNS, COLUMNS]), 1)
     v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, top
-
-
-@triton.jit
-def _attend_pair(
-    acc,
-    total,
-    q,
-    k_ptr,
-    v_ptr,
-    first,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HALF: tl.constexpr,
-    SHARED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add two whole tiles of keys to the running sums, without a running maximum.
-
-    One tile's products run while the other's exponentials do. Their probabilities are summed
-    together, which halves the exchange between threads.
-    """
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < D)[None, :]
-    offsets = (first + tl.arange(0, HALF))[:, None] * D + o_d[None, :]
-    offsets1 = offsets + HALF * D
-    k = tl.load(k_ptr + offsets, mask=m_d, other=0.0)  # [HALF, BLOCK_D]
-    k1 = tl.load(k_ptr + offsets1, mask=m_d, other=0.0)
-    v = k if SHARED else tl.load(v_ptr + offsets, mask=m_d, other=0.0)
-    v1 = k1 if SHARED else tl.load(v_ptr + offsets1, mask=m_d, other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, HALF]
-    s1 = tl.dot(q, tl.trans(k1), input_precision=PRECISION)
-    p = tl.exp2(s)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    p1 = tl.exp2(s1)
-    acc = tl.dot(p1.to(v.dtype), v1, acc, input_precision=PRECISION)
-    return acc, total + tl.sum(p + p1, 1)
 
 
 @triton.jit
@@ -160,26 +132,22 @@ def _attend_row(
 ):
     """Walk over all keys of an image; return the attended values and the log-sum-exp.
 
-    BLOCK_M keys at a time; by halves where they make tiles of 32 or more, of up to 64 channels:
-    wider ones have no registers for a pair.
+    BLOCK_M keys are fetched at a time, and multiplied in tiles of STEP: what a fetch costs beside
+    its bytes (two barriers, a fence, some 40 instructions of a thread) is then shared by the tiles.
     """
+    # A matrix unit's results lie 8 columns apart; products of float32 itself lie otherwise.
+    COLUMNS: tl.constexpr = 1 if q.dtype == tl.float32 and PRECISION == "ieee" else 8
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     # Not -inf: a row of -inf only must not subtract it from itself, later tiles may hold numbers.
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
     whole = M // BLOCK_M * BLOCK_M
-    PAIRS: tl.constexpr = BLOCK_M >= 64 and BLOCK_D <= 64
-    STEP: tl.constexpr = BLOCK_M // 2 if PAIRS else BLOCK_M
+    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D)
     if WHOLE:
         # A loop that may be left out has the assembler wait for each product before the next.
         tl.assume(whole > 0)
-        if BOUNDED and PAIRS:
-            for first in tl.range(0, whole, BLOCK_M):
-                acc, total = _attend_pair(
-                    acc, total, q, k_ptr, v_ptr, first, D, BLOCK_D, STEP, SHARED, PRECISION
-                )
-        else:
-            for first in tl.range(0, whole, STEP):
+        for first in tl.range(0, whole, BLOCK_M):
+            for inner in tl.static_range(0, BLOCK_M, STEP):
                 acc, total, top = _attend_keys(
                     acc,
                     total,
@@ -187,7 +155,7 @@ def _attend_row(
                     q,
                     k_ptr,
                     v_ptr,
-                    first,
+                    first + inner,
                     M,
                     D,
                     BLOCK_D,
@@ -215,6 +183,7 @@ def _attend_row(
             BOUNDED,
             PRECISION,
         )
+    total = tl.sum(total, 1)
     lse = tl.log(total)
     if not BOUNDED:
         lse += top * LN2

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import dropout as dropout_mask
 from . import launches
 from .common import cdiv, padded, precision
-from .conv_attention_attend import LN2, LOG2E, head_weight, latent_queries
+from .conv_attention_attend import LN2, LOG2E, head_weight, latent_queries, step
 from .conv_attention_key_gradients import key_gradients
 from .conv_attention_keys import normalised_keys, tail
 from .conv_attention_weights import weight_gradients
@@ -78,46 +78,6 @@ def _query_gradient(
         delta = tl.sum(p * dp, 1)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), delta, total
-
-
-@triton.jit
-def _query_gradient_of_pair(
-    dq,
-    dq1,
-    q,
-    do,
-    lse2,
-    delta,
-    k_ptr,
-    v_ptr,
-    first,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HALF: tl.constexpr,
-    SHARED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add what two tiles of keys give, each to a sum of its own.
-
-    One tile's products run while the other's exponentials do: a product is waited for with all that
-    began before it, so they begin before what does not need them.
-    """
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < D)[None, :]
-    offsets = (first + tl.arange(0, HALF))[:, None] * D + o_d[None, :]
-    offsets1 = offsets + HALF * D
-    k = tl.load(k_ptr + offsets, mask=m_d, other=0.0)  # [HALF, BLOCK_D]
-    k1 = tl.load(k_ptr + offsets1, mask=m_d, other=0.0)
-    v = k if SHARED else tl.load(v_ptr + offsets, mask=m_d, other=0.0)
-    v1 = k1 if SHARED else tl.load(v_ptr + offsets1, mask=m_d, other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, HALF]
-    s1 = tl.dot(q, tl.trans(k1), input_precision=PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = tl.exp2(s - lse2[:, None]) * (dp - delta[:, None])
-    dp1 = tl.dot(do, tl.trans(v1), input_precision=PRECISION)
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    ds1 = tl.exp2(s1 - lse2[:, None]) * (dp1 - delta[:, None])
-    return dq, tl.dot(ds1.to(k.dtype), k1, dq1, input_precision=PRECISION)
 
 
 @triton.jit
@@ -216,29 +176,11 @@ def _conv_attention_attend_bwd_queries_kernel(
     v_ptr += i_b * M * D
     dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     whole = M // BLOCK_M * BLOCK_M
-    PAIRS: tl.constexpr = BLOCK_M >= 64 and BLOCK_D <= 64 and not EXACT
+    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D)
     if WHOLE:
-        dq1 = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         tl.assume(whole > 0)
         for first in tl.range(0, whole, BLOCK_M):
-            if PAIRS:
-                dq, dq1 = _query_gradient_of_pair(
-                    dq,
-                    dq1,
-                    q,
-                    do,
-                    lse2,
-                    delta,
-                    k_ptr,
-                    v_ptr,
-                    first,
-                    D,
-                    BLOCK_D,
-                    BLOCK_M // 2,
-                    SHARED,
-                    PRECISION,
-                )
-            else:
+            for inner in tl.static_range(0, BLOCK_M, STEP):
                 dq, delta, total = _query_gradient(
                     dq,
                     q,
@@ -248,19 +190,17 @@ def _conv_attention_attend_bwd_queries_kernel(
                     total,
                     k_ptr,
                     v_ptr,
-                    first,
+                    first + inner,
                     M,
                     D,
                     BLOCK_D,
-                    BLOCK_M,
+                    STEP,
                     SHARED,
                     False,
                     False,
                     EXACT,
                     PRECISION,
                 )
-        if PAIRS:
-            dq += dq1
     if TAIL_M > 0:
         dq, delta, total = _query_gradient(
             dq,

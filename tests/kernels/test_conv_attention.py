@@ -162,8 +162,10 @@ def test_weights_too_many_for_one_block_give_the_same(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.float16, 16)])
 @pytest.mark.parametrize("values", [False, True])
-def test_pairs_of_tiles_give_what_tiles_do(dtype: torch.dtype, bits: int, values: bool) -> None:
-    """Of keys in attention (without a running maximum: not in fp16) and in its query gradient."""
+def test_keys_fetched_together_give_what_tiles_of_them_do(
+    dtype: torch.dtype, bits: int, values: bool
+) -> None:
+    """In attention, with a running maximum (fp16) and without, and in its query gradient."""
     case = Attention(keys=131, batch=1, values=values, dtype=dtype)
     names = [f"conv_attention_attend_{kernel} {bits} D32" for kernel in ("fwd", "bwd_queries")]
     own = {f"sm90 {name}": launches.nearest(*name.split(" "), 90) for name in names}
