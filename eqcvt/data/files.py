@@ -31,7 +31,8 @@ class LensingImages:
     """Labelled images.
 
     Args:
-        images: uint8 or float32, [N, H, W] (grey) or [N, C, H, W].
+        images: [N, H, W] (grey) or [N, C, H, W], of a type that ``pixels`` takes; kept as uint8 or
+            float32.
         labels: uint8 [N], index of the class.
         classes: Names of the classes.
         parameters: Physical parameters by name, each [N]; may be empty.
@@ -56,8 +57,7 @@ class LensingImages:
         return f"LensingImages({shape} {self.images.dtype}, classes: {classes})"
 
     def __post_init__(self) -> None:
-        if self.images.dtype not in (np.uint8, np.float32):
-            raise TypeError(f"images must be uint8 or float32, got {self.images.dtype}")
+        object.__setattr__(self, "images", pixels(self.images))
         if self.images.ndim not in (3, 4):
             raise ValueError(
                 f"images must have the shape [N, H, W] or [N, C, H, W], got {self.images.shape}"
@@ -130,6 +130,24 @@ class LensingImages:
             write: Any = np.savez_compressed if compressed else np.savez
             write(temporary, **columns)
         return path
+
+
+def pixel_type(dtype: np.dtype[Any], what: str = "images") -> np.dtype[Any]:
+    """Return the type that images of a type are kept in: uint8, or else float32.
+
+    Raises:
+        TypeError: The type is neither floating nor uint8 or uint16, in either byte order.
+    """
+    if dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2):
+        return np.dtype(np.uint8 if dtype == np.uint8 else np.float32)
+    raise TypeError(
+        f"{what} must be uint8, uint16 or floating, got {dtype}: save it as float32 instead"
+    )
+
+
+def pixels(images: npt.NDArray[Any], what: str = "images") -> npt.NDArray[Any]:
+    """Return images in the type of ``pixel_type``, themselves if they have it."""
+    return images.astype(pixel_type(images.dtype, what), copy=False)
 
 
 def load(path: str | Path, split: str | None = None) -> LensingImages:
@@ -222,9 +240,7 @@ def _read_npz(path: Path) -> LensingImages:
 
 
 def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
-    images, labels = columns["images"], columns["labels"]
-    if images.dtype == np.float64:
-        images = images.astype(np.float32)
+    labels = columns["labels"]
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.size and (labels.min() < 0 or labels.max() > 255):
@@ -235,7 +251,7 @@ def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
         top = int(labels.max(initial=0))
         classes = ("no_sub", "sub") if top < 2 else tuple(f"class_{i}" for i in range(top + 1))
     return LensingImages(
-        images=images,
+        images=columns["images"],
         labels=labels.astype(np.uint8),
         classes=classes,
         parameters={

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eqcvt.data.files import LensingImages, join, read_array
+from eqcvt.data.files import LensingImages, join, pixels, read_array
 
 SPLITS = ("train", "val")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
@@ -25,10 +25,11 @@ def read_folder(folder: Path) -> LensingImages:
         folder: A folder of ``{class}/*.png|jpg|npy`` or ``{train,val}/{class}/...``.
 
     Returns:
-        The images, grey [N, H, W] or [N, 3, H, W], uint8 or (from floating arrays) float32.
+        The images, grey [N, H, W] or [N, 3, H, W], uint8 or else float32.
 
     Raises:
-        ValueError: No images, or one that cannot be read or differs in size or type; it is named.
+        ValueError, TypeError: No images, or one that cannot be read or differs in size or type; it
+            is named.
     """
     parts = [folder / name for name in SPLITS if (folder / name).is_dir()]
     if parts:
@@ -36,26 +37,24 @@ def read_folder(folder: Path) -> LensingImages:
     return _read_classes(folder)
 
 
-def read_image(path: str | Path) -> npt.NDArray[Any]:
+def read_image(path: str | Path, *, finite: bool = True) -> npt.NDArray[Any]:
     """Read one image file.
 
     Args:
         path: ``.png``, ``.jpg`` or ``.npy`` (never unpickled) with 1 or 3 channels.
+        finite: Refuse NaN and infinity.
 
     Returns:
         uint8 or float32, [H, W] or [3, H, W].
 
     Raises:
-        ValueError: A file that is no such image; it is named.
+        ValueError, TypeError: A file that is no such image; it is named.
     """
     path = Path(path)
     image = read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
     if not isinstance(image, np.ndarray):
         raise ValueError(f"cannot read {path}: a .npz archive under the name of a .npy file")
-    if image.dtype in (np.float16, np.float64, np.uint16):
-        image = image.astype(np.float32)
-    if image.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"{path}: an image must be uint8 or floating, got {image.dtype}")
+    image = pixels(image, f"{path}: an image")
     if image.ndim == 3 and image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
         image = np.moveaxis(image, 2, 0)
     if image.ndim == 3 and image.shape[0] == 1:
@@ -65,7 +64,7 @@ def read_image(path: str | Path) -> npt.NDArray[Any]:
             f"{path}: an image must have the shape [H, W], [1, H, W] or [3, H, W], "
             f"got {list(image.shape)}"
         )
-    if image.dtype == np.float32 and not np.isfinite(image).all():
+    if finite and image.dtype == np.float32 and not np.isfinite(image).all():
         raise ValueError(f"{path} holds NaN or infinity")
     return np.ascontiguousarray(image)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eqcvt._check import choice
 from eqcvt.data import read_image, to_unit
+from eqcvt.data.files import pixel_type
 
 FITS = ("crop", "pad", "resize", "refuse")
 ROWS = 32  # images of an archive that are read at a time
@@ -75,27 +76,26 @@ class Reader:
 
     def _chunk(self, path: Path, names: list[str], array: NDArray[Any]) -> Chunk:
         """Return images ``[n, C, H, W]`` as the model takes them."""
-        if array.shape[1] == 3 and self.channels == 1 and (array == array[:, :1]).all():
-            array = array[:, :1]
-        if array.shape[1] != self.channels:
-            raise ValueError(
-                f"{path} has {array.shape[1]} channels, and the model takes {self.channels}: "
-                f"convert the image, or train a model on such images"
-            )
-        floats = array.dtype.kind == "f"
-        finite = np.isfinite(array).all((1, 2, 3)) if floats else np.ones(len(array), np.bool_)
-        if not finite.all():
-            if not self.skip_bad:
-                raise ValueError(f"{names[int(finite.argmin())]} holds NaN or infinity")
-            array = np.where(finite[:, None, None, None], array, np.float32(0))
         images, note = torch.from_numpy(np.require(array, requirements=["C", "W"])), ""
         # Grey values of the right size stay bytes until they are on the device.
         if images.dtype != torch.uint8 or images.shape[-2:] != (self.size, self.size):
             try:
-                images, note = fit_image(to_unit(images), self.size, self.fit)
+                images, note = fit_image(images, self.size, self.fit)
             except ValueError as error:
                 raise ValueError(f"{names[0]}: {error}") from error
-        read = finite.tolist()
+        # What is not finite has made other pixels of the image NaN.
+        read = images.isfinite().flatten(1).all(1).tolist()
+        if not all(read):
+            if not self.skip_bad:
+                raise ValueError(f"{names[read.index(False)]} holds NaN or infinity")
+            images[~torch.tensor(read)] = 0
+        if images.shape[1] == 3 and self.channels == 1 and (images == images[:, :1]).all():
+            images = images[:, :1]
+        if images.shape[1] != self.channels:
+            raise ValueError(
+                f"{path} has {images.shape[1]} channels, and the model takes {self.channels}: "
+                f"convert the image, or train a model on such images"
+            )
         notes = [note if ok else f"{SKIPPED}: it holds NaN or infinity" for ok in read]
         return Chunk(names, images, notes, read)
 
@@ -112,30 +112,40 @@ def _names(path: Path, count: int, start: int, stop: int) -> list[str]:
     return [f"{path}[{i}]" for i in range(start, stop)] if count > 1 else [str(path)]
 
 
-def fit_image(image: Tensor, size: int, how: str = "crop") -> tuple[Tensor, str]:
-    """Make ``[..., C, H, W]`` into ``[..., C, size, size]``; return it and what was done.
+def fit_image(images: Tensor, size: int, how: str = "crop") -> tuple[Tensor, str]:
+    """Make images ``[B, C, H, W]`` what a model takes; return them and what was done.
 
     ``crop`` cuts out the centre of a larger image and refuses a smaller one; ``pad`` also puts a
     smaller one in the centre of zeros; ``resize`` interpolates, which changes the pixel scale;
     ``refuse`` refuses every other size.
 
+    The images are scaled as for training (see ``to_unit``) by the pixels that the model sees:
+    after ``crop`` and ``resize``, and before the zeros are put around them.
+
+    Args:
+        images: uint8 or floating, not scaled.
+        size: of the images that are returned, ``[B, C, size, size]``, float32 from 0 to 1.
+        how: ``crop``, ``pad``, ``resize`` or ``refuse``.
+
     Raises:
-        ValueError: the image does not fit under ``how``; the message names what would do.
+        ValueError: the images do not fit under ``how``; the message names what would do.
     """
     choice("fit", how, FITS)
-    height, width = image.shape[-2:]
+    height, width = images.shape[-2:]
     if (height, width) == (size, size):
-        return image, ""
+        return to_unit(images), ""
     shape = f"{height}x{width}"
     if how == "resize":
-        resized = F.interpolate(
-            image.reshape(-1, *image.shape[-3:]),
+        grey = images.dtype == torch.uint8
+        images = F.interpolate(
+            to_unit(images) if grey else images.to(torch.float32),
             (size, size),
             mode="bilinear",
             antialias=True,
             align_corners=False,
-        ).reshape(*image.shape[:-2], size, size)
-        return resized, f"resized from {shape}: its pixel scale is not the training images'"
+        )
+        note = f"resized from {shape}: its pixel scale is not the training images'"
+        return images if grey else to_unit(images), note
     if how == "refuse":
         raise ValueError(
             f"the image is {shape} and the model takes {size}x{size}: "
@@ -146,12 +156,12 @@ def fit_image(image: Tensor, size: int, how: str = "crop") -> tuple[Tensor, str]
             f"the image is {shape}, smaller than the model's {size}x{size}: use --fit pad (zeros "
             f"around it) or --fit resize (changes the pixel scale)"
         )
+    top, left = max(height - size, 0) // 2, max(width - size, 0) // 2
+    images = to_unit(images[..., top : top + size, left : left + size])
     missing = (max(size - height, 0), max(size - width, 0))
     top, left = missing[0] // 2, missing[1] // 2
-    image = F.pad(image, (left, missing[1] - left, top, missing[0] - top))
-    top, left = (image.shape[-2] - size) // 2, (image.shape[-1] - size) // 2
-    verb = "padded" if any(missing) else "centre-cropped"
-    return image[..., top : top + size, left : left + size], f"{verb} from {shape}"
+    images = F.pad(images, (left, missing[1] - left, top, missing[0] - top))
+    return images, f"{'padded' if any(missing) else 'centre-cropped'} from {shape}"
 
 
 def count_images(path: Path) -> int:
@@ -165,15 +175,15 @@ def count_images(path: Path) -> int:
 def _rows(path: Path, start: int, stop: int) -> Iterator[NDArray[Any]]:
     """Yield images ``start`` to ``stop - 1`` of a file, ``[n, C, H, W]``, uint8 or float32.
 
-    A picture or ``.npy`` is one image, read as for training; a ``.npz`` holds several,
-    ``[N, H, W]`` or ``[N, C, H, W]``, under the key ``images``, of which a few are in memory at a
-    time. Its checksum is compared only when its last image is read.
+    A picture or ``.npy`` is one image, read as for training, but for NaN, which may be cut away
+    later. A ``.npz`` holds several, ``[N, H, W]`` or ``[N, C, H, W]``, under the key ``images``, of
+    which a few are in memory at a time; its checksum is compared only when its last image is read.
 
     Raises:
         ValueError: unreadable, or not numbers.
     """
     if path.suffix.lower() != ".npz":
-        image = read_image(path)
+        image = read_image(path, finite=False)
         yield image.reshape(1, -1, *image.shape[-2:])
         return
     with _archive(path) as (file, dtype, shape, order):
@@ -189,9 +199,7 @@ def _rows(path: Path, start: int, stop: int) -> Iterator[NDArray[Any]]:
             array = np.frombuffer(data, dtype).reshape((count, *shape[1:]), order=order)
             array = array[max(start - before, 0) : stop - before]
             before += count
-            yield array.astype(np.float32 if dtype.kind == "f" else np.uint8).reshape(
-                len(array), -1, *shape[-2:]
-            )
+            yield array.astype(pixel_type(dtype)).reshape(len(array), -1, *shape[-2:])
 
 
 _Header = tuple[IO[bytes], np.dtype[Any], tuple[int, ...], Literal["C", "F"]]
@@ -216,15 +224,17 @@ def _archive(path: Path) -> Iterator[_Header]:
                 shape, fortran, dtype = read(file)
                 if dtype.hasobject:
                     raise ValueError("'images' holds pickled Python objects, which are not read")
-                if dtype.kind != "f" and dtype != np.uint8:
-                    raise ValueError(f"images must be uint8 or floating, got {dtype}")
+                pixel_type(dtype)
                 if len(shape) not in (3, 4) or 0 in shape:
                     raise ValueError(f"it holds no images: their shape is {list(shape)}")
                 yield file, dtype, shape, "F" if fortran else "C"
-    except (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
+_UNREADABLE = (
+    ValueError, TypeError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _HEADERS: dict[Any, Any] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,

@@ -20,7 +20,8 @@ from PIL import Image
 from torch.distributed import HashStore
 
 import eqcvt
-from eqcvt.predict import Images, predict, read
+from eqcvt.data import load, read_image
+from eqcvt.predict import Images, fit_image, predict, read
 from eqcvt.predict.ahead import ahead as work_ahead
 from eqcvt.predict.crew import Crew
 from tests.cli.conftest import SIZE, invoke
@@ -244,6 +245,54 @@ def test_archives_of_every_kind_are_read_alike(survey: Path, tmp_path: Path) -> 
             assert name == "fortran" or max(map(len, blocks)) <= read.ROWS
 
 
+@pytest.mark.parametrize("dtype", ["f2", ">f2", ">f4", ">f8", "g", "u1", "u2", ">u2"])
+def test_images_of_every_type_are_read_alike(model: Path, tmp_path: Path, dtype: str) -> None:
+    images = np.random.default_rng(1).integers(0, 99, (2, SIZE, SIZE)).astype(np.uint8)
+    kept = images if dtype == "u1" else images.astype(np.float32)
+    np.savez(tmp_path / "a.npz", images=images.astype(dtype), labels=np.arange(2))
+    np.save(tmp_path / "b.npy", images[0].astype(dtype))
+    for found in (load(tmp_path / "a.npz").images, read_image(tmp_path / "b.npy")[None]):
+        assert found.dtype == kept.dtype
+        assert np.array_equal(found, kept[: len(found)])
+    first, _, alone = predict(eqcvt.load_model(model), [tmp_path / "a.npz", tmp_path / "b.npy"])
+    assert alone.probabilities == pytest.approx(first.probabilities, abs=1e-6)
+
+
+@pytest.mark.parametrize("outlier", [25500, np.nan, np.inf])
+def test_pixels_that_are_cut_away_do_not_count(model: Path, tmp_path: Path, outlier: float) -> None:
+    image = np.random.default_rng(2).random((SIZE, SIZE)).astype(np.float32)
+    star = np.pad(image, 16)
+    star[1, 1] = outlier
+    wide = star[:, 20:-20]  # to be cut in one direction and padded in the other
+    narrow = wide[16:-16]
+    for name, array in (("image", image), ("star", star), ("wide", wide), ("narrow", narrow)):
+        np.save(tmp_path / f"{name}.npy", array)
+        np.savez(tmp_path / f"{name}.npz", images=array[None])
+    net = eqcvt.load_model(model)
+    for ending in ("npy", "npz"):
+        paths = [tmp_path / f"{n}.{ending}" for n in ("image", "star", "wide", "narrow")]
+        for fit, same in (("crop", paths[:2]), ("pad", paths[:2]), ("pad", paths[2:])):
+            one, other = predict(net, same, fit=fit)
+            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
+        if not np.isfinite(outlier):
+            with pytest.raises(ValueError, match=rf"star\.{ending} holds NaN or infinity"):
+                list(predict(net, paths[1:2], fit="resize"))
+
+
+def test_images_are_scaled_by_what_the_model_sees() -> None:
+    flux = 5 + torch.rand(2, 1, 40, 20, dtype=torch.float64)
+    for how, size, left in (("crop", 8, 0), ("pad", 32, 6), ("resize", 8, 0)):
+        image, _ = fit_image(flux, size, how)
+        assert image.dtype == torch.float32
+        for one in image[..., left : size - left]:
+            assert (one.min(), one.max()) == (0, 1)
+        assert not image[..., :left].any()
+    grey = torch.full((1, 1, 9, 9), 51, dtype=torch.uint8)
+    for how, size in (("crop", 5), ("resize", 5), ("refuse", 9)):
+        image, _ = fit_image(grey, size, how)
+        torch.testing.assert_close(image, torch.full((1, 1, size, size), 0.2))
+
+
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 30))
 def test_parts_are_all_images_in_order(counts: list[int], number: int) -> None:
     files = [Path(str(i)) for i in range(len(counts))]
@@ -269,7 +318,7 @@ def test_only_a_few_images_are_in_memory(
         (tmp_path / f"{i:03d}.png").touch()
     opened: list[Path] = []
 
-    def image(path: Path) -> Any:
+    def image(path: Path, *, finite: bool) -> Any:
         opened.append(path)
         return np.zeros((SIZE, SIZE), np.uint8)
 

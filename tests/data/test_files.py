@@ -109,7 +109,11 @@ def test_bad_archives_are_named(tmp_path):
     nan[2, 1, 1] = np.nan
     for columns, error, message in (
         ({"images": good["images"], "y": good["labels"]}, ValueError, "lacks 'labels'; it holds"),
-        (good | {"images": np.zeros((4, 5, 5), np.int32)}, TypeError, "uint8 or float32, got int3"),
+        (
+            good | {"images": np.zeros((4, 5, 5), np.int32)},
+            TypeError,
+            "or floating, got int32: save",
+        ),
         (good | {"images": np.zeros((4, 5), np.uint8)}, ValueError, r"\[N, H, W\] or .* \(4, 5\)"),
         (good | {"images": nan}, ValueError, "1 of 4 hold NaN or infinity, the first is image 2"),
         (good | {"labels": np.zeros(3, np.uint8)}, ValueError, r"labels must have the shape \[4\]"),
@@ -226,8 +230,8 @@ def test_bad_folders_are_named(tmp_path):
 
     folder = picture_folder(tmp_path / "f")
 
-    def refused(name, message):
-        with pytest.raises(ValueError, match=message) as caught:
+    def refused(name, message, error=ValueError):
+        with pytest.raises(error, match=message) as caught:
             load(folder)
         assert name in str(caught.value)
         (folder / "sub" / name).unlink()
@@ -244,7 +248,7 @@ def test_bad_folders_are_named(tmp_path):
     np.save(place / "objects.npy", np.array([{}]), allow_pickle=True)
     refused("objects.npy", "holds pickled Python objects")
     np.save(place / "ints.npy", np.zeros((8, 8), np.int64))
-    refused("ints.npy", "must be uint8 or floating, got int64")
+    refused("ints.npy", "an image must be uint8, uint16 or floating, got int64", TypeError)
     np.save(place / "flat.npy", np.zeros(64, np.uint8))
     refused("flat.npy", r"must have the shape \[H, W\].* got \[64\]")
     np.save(place / "nan.npy", np.full((8, 8), np.nan))
