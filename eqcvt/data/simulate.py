@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -109,7 +111,8 @@ def simulate(
             return target
         if not overwrite:
             raise FileExistsError(
-                f"{target} exists and holds something else; take another output or overwrite=True"
+                f"{target} exists and holds something else: remove it, take another output, or ask "
+                "simulate to overwrite it"
             )
     caustics()
     parts = target.parent / f".{target.name}.parts"
@@ -160,7 +163,7 @@ def _run(jobs: Iterator[_Job], workers: int, start_method: str) -> Iterator[int]
             yield _chunk(*job)
         return
     context = multiprocessing.get_context(start_method)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     running: set[Future[int]] = set()
     try:
         for job in jobs:
@@ -182,9 +185,18 @@ def _run(jobs: Iterator[_Job], workers: int, start_method: str) -> Iterator[int]
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    """Let Ctrl-C reach the parent alone; a worker finishes and keeps the chunk it is at."""
+def _begin_worker() -> None:
+    """Let Ctrl-C reach the parent alone, which lets a worker finish its chunk; end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, killed by a signal that it could not handle."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _stderr() -> Any:

@@ -117,7 +117,8 @@ def test_two_workers_make_what_one_makes(tmp_path):
     same(load(quick(130, tmp_path / "two.npz", workers=2)), one)
 
 
-def test_interrupted_run_resumes(tmp_path):
+def start_slow_run(tmp_path, size=65, start_method="spawn"):
+    """Start a run with two workers; return the process when the first chunks are done."""
     out, parts = tmp_path / "set.npz", tmp_path / ".set.npz.parts"
     script = tmp_path / "run.py"
     script.write_text(
@@ -132,7 +133,8 @@ def test_interrupted_run_resumes(tmp_path):
         "if __name__ == '__main__':\n"
         # A shell's background jobs, and what they start, ignore it at first.
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"    simulate('deeplense', 1280, out={str(out)!r}, size=65, workers=2)\n"
+        f"    simulate('deeplense', 1280, out={str(out)!r}, size={size}, workers=2,\n"
+        f"             start_method={start_method!r})\n"
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -140,6 +142,12 @@ def test_interrupted_run_resumes(tmp_path):
     deadline = time.time() + 60
     while len(list(parts.glob("0*.npz"))) < 2 and time.time() < deadline:
         time.sleep(0.02)
+    return process
+
+
+def test_interrupted_run_resumes(tmp_path):
+    out, parts = tmp_path / "set.npz", tmp_path / ".set.npz.parts"
+    process = start_slow_run(tmp_path)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -161,6 +169,15 @@ def test_interrupted_run_resumes(tmp_path):
     picked = [0, 63, 64, 65, 640, 641, 1278, 1279]
     same(resumed.subset(picked), generate(config, picked))
     assert np.array_equal(resumed.index, np.arange(1280))
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_workers_end_with_their_parent(tmp_path, start_method):
+    process = start_slow_run(tmp_path, 9, start_method)
+    process.terminate()
+    # Workers hold the other end of stderr as long as they live.
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
 
 
 def _run_with_counting(monkeypatch, *arguments, **options):
@@ -203,7 +220,7 @@ def test_complete_output_is_left_and_another_is_not_overwritten(tmp_path, monkey
     stamp = out.stat().st_mtime_ns
     assert _run_with_counting(monkeypatch, 3, out) == []
     assert out.stat().st_mtime_ns == stamp
-    with pytest.raises(FileExistsError, match=r"a\.npz exists and holds something else"):
+    with pytest.raises(FileExistsError, match=r"a\.npz exists .*remove it, take an.*overwrite it$"):
         quick(4, out)
     assert len(load(out)) == 3
     quick(4, out, overwrite=True)
