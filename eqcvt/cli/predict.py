@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from eqcvt.cli.app import app, console, note
 from eqcvt.cli.checkpoints import Loaded, free, load
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from eqcvt.predict import Images, Parts, Prediction
 
 WARNINGS = 10
+WIDE = 1 << 16  # columns where no terminal has an end
 
 
 @app.command()
@@ -104,7 +106,7 @@ def predict(
         _part(watched, Parts(out), index, number, about, mine, overwrite, quiet=crew.rank > 0)
     if part is None and crew.rank == 0:
         crew.wait()
-        _merge(Parts(out), number)
+        _merge(Parts(out), number, overwrite=overwrite)
 
 
 @app.command()
@@ -113,16 +115,19 @@ def merge(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The --out of the parts: a .csv or .json file.")
     ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an OUT that holds something else.")
+    ] = False,
 ) -> None:
     """Join the parts that eqcvt predict --shard wrote; OUT is as if one process had written it."""
     from eqcvt.predict import Parts
 
-    _merge(Parts(out))
+    _merge(Parts(out), overwrite=overwrite)
 
 
-def _merge(parts: Parts, number: int | None = None) -> None:
+def _merge(parts: Parts, number: int | None = None, *, overwrite: bool) -> None:
     """Join parts, and say so."""
-    count, failed = parts.merge(number)
+    count, failed = parts.merge(number, overwrite=overwrite)
     console().print(f"wrote {parts.out}: {count:,} images", markup=False, soft_wrap=True)
     _say_failed(failed, count)
 
@@ -149,13 +154,20 @@ def _whole(
         deque(seen(), maxlen=0)
     else:
         write_predictions(seen(), out, names)
-    table = Table("image", "class")
+    # Names are no markup, and nothing of them is cut.
+    table = Table()
+    for name in ("image", "class"):
+        table.add_column(name, overflow="fold")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right", overflow="fold")
     for p in shown:
-        table.add_row(p.name, p.label, *(f"{v:.4f}" for v in p.probabilities.values()))
+        values = (f"{v:.4f}" for v in p.probabilities.values())
+        table.add_row(Text(p.name), Text(p.label), *values)
     if rows:
-        console().print(table)
+        screen = console()
+        if not screen.is_terminal:
+            screen.width = WIDE
+        screen.print(table)
     if count > rows:
         console().print(f"{count} images, {rows} shown")
     if out is not None:

@@ -186,7 +186,7 @@ def load(path: str | Path, split: str | None = None) -> LensingImages:
                 "with one folder of images per class"
             )
         return _read_npz(path)
-    shards = sorted(p for p in path.glob("*.npz") if not p.name.startswith("."))
+    shards = sorted(p for p in path.glob("*.npz") if p.name[0] != "." and not p.is_dir())
     return _join_shards(path, shards) if shards else read_folder(path)
 
 

@@ -91,7 +91,12 @@ def _natural(path: Path) -> list[Any]:
 def _read_classes(folder: Path) -> LensingImages:
     files = {
         place.name: sorted(
-            (p for p in place.iterdir() if p.suffix.lower() in _SUFFIXES), key=_natural
+            (
+                p
+                for p in place.iterdir()
+                if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and not p.is_dir()
+            ),
+            key=_natural,
         )
         for place in folder.iterdir()
         if place.is_dir() and not place.name.startswith(".")

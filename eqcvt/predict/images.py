@@ -125,6 +125,9 @@ class Images:
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Return the files given, and for each folder the image files at any depth in it, sorted.
 
+    What begins with a dot in a folder, such as the chunks of an interrupted simulation, is passed
+    over.
+
     Raises:
         FileNotFoundError: a path does not exist, or a folder holds no image.
         ValueError: a file that is not one of ``ENDINGS``.
@@ -132,7 +135,13 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+            inside = sorted(
+                p
+                for p in path.rglob("*")
+                if p.suffix.lower() in ENDINGS
+                and not any(part.startswith(".") for part in p.relative_to(path).parts)
+                and not p.is_dir()
+            )
             if not inside:
                 raise FileNotFoundError(f"{path} holds no image ({', '.join(ENDINGS)})")
             found += inside

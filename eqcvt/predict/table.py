@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -131,13 +132,15 @@ class Parts:
                 new.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return failed
 
-    def merge(self, number: int | None = None) -> tuple[int, int]:
+    def merge(self, number: int | None = None, *, overwrite: bool = False) -> tuple[int, int]:
         """Join all parts to the whole file; return how many images it has, and how many failed.
 
         Args:
             number: of parts; needed where the folder holds parts of runs with several numbers.
+            overwrite: replace a whole file that is there and holds something else.
 
         Raises:
+            FileExistsError: such a file is there, and ``overwrite`` is not given.
             FileNotFoundError: parts are missing; they are named.
             ValueError: the parts do not belong together.
         """
@@ -165,8 +168,14 @@ class Parts:
         for path, record in zip(paths, records, strict=True):
             if record["run"] != records[0]["run"]:
                 raise ValueError(f"{path} and {paths[0]} are not of one run")
-        with replacing(self.out) as new, new.open("wb") as file:
-            (_join_csv if self.out.suffix == ".csv" else _join_json)(paths, file)
+        with replacing(self.out) as new:
+            with new.open("wb") as file:
+                (_join_csv if self.out.suffix == ".csv" else _join_json)(paths, file)
+            if self.out.exists() and not overwrite and not cmp(new, self.out, shallow=False):
+                raise FileExistsError(
+                    f"{self.out} exists and is not what the parts in {self.folder} give: move it, "
+                    f"or eqcvt merge {self.out} --overwrite replaces it"
+                )
         return records[-1]["range"][1], sum(record["failed"] for record in records)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import string
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +19,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from torch.distributed import HashStore
+from typer.testing import CliRunner
 
 import eqcvt
+from eqcvt.cli import app
 from eqcvt.data import load, read_image
 from eqcvt.predict import Images, fit_image, predict, read
 from eqcvt.predict.ahead import ahead as work_ahead
@@ -119,6 +124,20 @@ def test_a_file_that_is_there_is_kept(model: Path, survey: Path, tmp_path: Path)
     assert out.read_text() == "of yesterday"
     invoke(*arguments, "--overwrite")
     assert len(rows(out)) == COUNT
+
+
+def test_merging_keeps_a_file_of_something_else(model: Path, survey: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    for i in range(2):
+        invoke("predict", model, survey, "--out", out, "--shard", f"{i}/2")
+    out.write_text("of yesterday")
+    message = invoke("merge", out, code=2).stderr
+    assert f"{out} exists and is not what the parts in {out}.parts give" in message
+    assert f"eqcvt merge {out} --overwrite replaces it" in message
+    assert out.read_text() == "of yesterday"
+    invoke("merge", out, "--overwrite")
+    assert len(rows(out)) == COUNT
+    invoke("merge", out)  # holds what the parts give
 
 
 def test_parts_that_are_missing_or_of_several_runs(
@@ -291,6 +310,56 @@ def test_images_are_scaled_by_what_the_model_sees() -> None:
     for how, size in (("crop", 5), ("resize", 5), ("refuse", 9)):
         image, _ = fit_image(grey, size, how)
         torch.testing.assert_close(image, torch.full((1, 1, size, size), 0.2))
+
+
+def test_what_is_hidden_and_folders_named_as_images_are_passed_over(
+    model: Path, survey: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    (survey / "b" / "dir.png").mkdir()
+    Image.new("L", (SIZE, SIZE)).save(survey / "b" / "dir.png" / "z.png")
+    for folder in (".x.npz.parts", "b/.ipynb_checkpoints"):
+        (survey / folder).mkdir()
+        np.savez(survey / folder / "000.npz", images=np.zeros((1, SIZE, SIZE), np.uint8))
+    (survey / "._0.png").write_bytes(b"of another system")
+    root = survey.rename(tmp_path / ".survey")  # a folder that is named may be hidden itself
+    invoke("predict", model, root, "--out", out)
+    names = [row["file"] for row in rows(out)]
+    assert len(names) == COUNT + 1
+    assert str(root / "b" / "dir.png" / "z.png") in names
+    (root / "lost.png").symlink_to("nowhere.png")  # not passed over without a word
+    assert "lost.png" in invoke("predict", model, root, code=2).stderr
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    eqcvt.EqCvT(in_channels=1, image_size=SIZE, **TINY).save_pretrained(tmp_path)
+    classes = ["[/red]", "[bold]sub[/bold]"]
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    path = tmp_path / ("a" * 200) / "[b]y.npy"
+    path.parent.mkdir()
+    np.save(path, np.eye(SIZE))
+    for columns in ("80", "200"):  # pipes and files have no width
+        result = CliRunner().invoke(
+            app, ["predict", str(tmp_path), str(path)], env={"COLUMNS": columns}
+        )
+        assert result.exit_code == 0, result.stderr
+        assert str(path) in result.output
+        assert all(name in result.output.splitlines()[1] for name in classes)
+
+
+def test_names_are_folded_on_a_terminal(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = string.ascii_letters * 2
+    np.save(tmp_path / f"{names}.npy", np.eye(SIZE))
+    monkeypatch.setattr(
+        "eqcvt.cli.predict.console",
+        lambda **options: Console(file=sys.stdout, force_terminal=not options, width=60),
+    )
+    output = invoke("predict", model, tmp_path).output
+    column = "".join(line.split("│")[1].strip() for line in output.splitlines() if "│" in line)
+    assert column.endswith(f"{names}.npy")
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 30))

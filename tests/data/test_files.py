@@ -256,7 +256,12 @@ def test_bad_folders_are_named(tmp_path):
     np.save(place / "short.npy", np.zeros((8, 8)))
     (place / "short.npy").write_bytes((place / "short.npy").read_bytes()[:200])
     refused("short.npy", r"cannot read .*short\.npy")
-    assert len(load(folder)) == 6
+    (place / "dir.png").mkdir()
+    (place / "._0.png").write_bytes(b"of another system")
+    (folder / "set.npz").mkdir()
+    (folder / "set.npz" / "0.png").write_bytes((place / "0.png").read_bytes())
+    data = load(folder)
+    assert (len(data), data.classes) == (7, ("no_sub", "set.npz", "sub"))
 
 
 def test_split_is_per_class_reproducible_and_disjoint(simulated):
