@@ -58,12 +58,11 @@ class LensingImages:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", pixels(self.images))
-        if self.images.ndim not in (3, 4):
-            raise ValueError(
-                f"images must have the shape [N, H, W] or [N, C, H, W], got {self.images.shape}"
-            )
+        check_shape(self.images.shape)
         if self.labels.dtype != np.uint8:
             raise TypeError(f"labels must be uint8, got {self.labels.dtype}")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must have different names, got {', '.join(self.classes)}")
         count = len(self.images)
         columns = {"labels": self.labels, **self.parameters}
         if self.index is not None:
@@ -130,6 +129,17 @@ class LensingImages:
             write: Any = np.savez_compressed if compressed else np.savez
             write(temporary, **columns)
         return path
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Refuse the shape of an array that is not images one after the other, channels first."""
+    if len(shape) not in (3, 4):
+        raise ValueError(f"images must have the shape [N, H, W] or [N, C, H, W], got {shape}")
+    if len(shape) == 4 and shape[3] <= 4 < min(shape[1:3]):
+        raise ValueError(
+            f"images must have the shape [N, C, H, W], channels first, got {shape}: save "
+            "np.moveaxis(images, -1, 1)"
+        )
 
 
 def pixel_type(dtype: np.dtype[Any], what: str = "images") -> np.dtype[Any]:
@@ -236,7 +246,15 @@ def _read_npz(path: Path) -> LensingImages:
     try:
         return _from_columns(columns)
     except (ValueError, TypeError, OverflowError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: {error}") from error
+
+
+def _json(columns: dict[str, npt.NDArray[Any]], name: str, default: Any) -> Any:
+    try:
+        return json.loads(str(columns[name])) if name in columns else default
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name!r} is not JSON ({error})") from error
 
 
 def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
@@ -249,6 +267,12 @@ def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
         classes = tuple(str(name) for name in columns["classes"])
     else:
         top = int(labels.max(initial=0))
+        lacking = np.setdiff1d(np.arange(top), labels)
+        if top > 1 and len(lacking):
+            raise ValueError(
+                f"labels go up to {top} but lack {_few(lacking)}: number the classes from 0 "
+                "without a gap, or add an array 'classes' of their names"
+            )
         classes = ("no_sub", "sub") if top < 2 else tuple(f"class_{i}" for i in range(top + 1))
     return LensingImages(
         images=columns["images"],
@@ -259,8 +283,8 @@ def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
             for name, column in columns.items()
             if name.startswith(_PARAMETER)
         },
-        config=json.loads(str(columns["config"])) if "config" in columns else {},
-        seed=json.loads(str(columns["seed"])) if "seed" in columns else None,
+        config=_json(columns, "config", {}),
+        seed=_json(columns, "seed", None),
         index=columns["index"].astype(np.int64) if "index" in columns else None,
     )
 

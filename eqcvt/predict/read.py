@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eqcvt._check import choice
 from eqcvt.data import read_image, to_unit
-from eqcvt.data.files import pixel_type
+from eqcvt.data.files import check_shape, pixel_type
 
 FITS = ("crop", "pad", "resize", "refuse")
 ROWS = 32  # images of an archive that are read at a time
@@ -225,7 +225,8 @@ def _archive(path: Path) -> Iterator[_Header]:
                 if dtype.hasobject:
                     raise ValueError("'images' holds pickled Python objects, which are not read")
                 pixel_type(dtype)
-                if len(shape) not in (3, 4) or 0 in shape:
+                check_shape(shape)
+                if 0 in shape:
                     raise ValueError(f"it holds no images: their shape is {list(shape)}")
                 yield file, dtype, shape, "F" if fortran else "C"
     except _UNREADABLE as error:

@@ -184,6 +184,7 @@ def damage(survey: Path) -> dict[str, str]:
     nan = np.full((2, SIZE, SIZE), 0.5, np.float32)
     nan[1, 3, 3] = np.nan
     np.savez(survey / "0b.npz", images=nan)
+    np.savez(survey / "0f.npz", images=np.zeros((2, SIZE, SIZE, 3), np.uint8))
     np.save(survey / "0c.npy", np.arange(3 * SIZE * SIZE, dtype=np.float32).reshape(3, SIZE, SIZE))
     np.save(survey / "0d.npy", np.zeros((5, 5), np.uint8))
     np.save(survey / "0e.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -197,6 +198,7 @@ def damage(survey: Path) -> dict[str, str]:
         "0c.npy": "has 3 channels, and the model takes 1",
         "0d.npy": "the image is 5x5, smaller than the model's 33x33",
         "0e.npy": "pickled Python objects",
+        "0f.npz": r"channels first, got \(2, 33, 33, 3\): save np.moveaxis",
         "one.npz": "Bad CRC-32",
     }
 
@@ -215,9 +217,9 @@ def test_bad_images_are_passed_over_where_asked(
         for i in range(number):
             invoke(*arguments, "--shard", f"{i}/{number}")
         text = invoke("merge", out).stderr
-    assert f"warning: {len(bad)} of {COUNT + 6} images could not be read" in text
+    assert f"warning: {len(bad)} of {COUNT + 7} images could not be read" in text
     found = {Path(row["file"]).name: row for row in rows(out)}
-    assert len(found) == COUNT + 6
+    assert len(found) == COUNT + 7
     for name, why in bad.items():
         row = found.pop(name)
         assert (row["class"], row["no_sub"], row["sub"]) == ("", "", "")

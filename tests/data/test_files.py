@@ -49,6 +49,14 @@ def test_plain_archives_are_read(tmp_path):
     assert (data.parameters, data.config, data.seed, data.index) == ({}, {}, None, None)
 
 
+def test_classes_with_names_may_have_no_image(tmp_path):
+    images, classes = np.zeros((2, 5, 5), np.uint8), np.array(["a", "b", "c"])
+    np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 2]), classes=classes)
+    assert load(tmp_path / "a.npz").subset([1]).classes == ("a", "b", "c")
+    np.savez(tmp_path / "a.npz", images=images, labels=np.array([1, 1]))
+    assert load(tmp_path / "a.npz").classes == ("no_sub", "sub")
+
+
 def test_subset_takes_indices_and_masks(simulated):
     by_index, by_mask = simulated.subset([9, 2]), simulated.subset(simulated.labels == 1)
     assert by_index.index.tolist() == [9, 2]
@@ -115,6 +123,24 @@ def test_bad_archives_are_named(tmp_path):
             "or floating, got int32: save",
         ),
         (good | {"images": np.zeros((4, 5), np.uint8)}, ValueError, r"\[N, H, W\] or .* \(4, 5\)"),
+        (
+            good | {"images": np.zeros((4, 5, 6, 3), np.uint8)},
+            ValueError,
+            r"channels first, got \(4, 5, 6, 3\): save np.moveaxis\(images, -1, 1\)",
+        ),
+        (good | {"config": np.array("{")}, ValueError, "'config' is not JSON .Expecting"),
+        (good | {"seed": np.array("x")}, ValueError, "'seed' is not JSON .Expecting"),
+        (good | {"classes": np.array(["a", "a"])}, ValueError, "different names, got a, a"),
+        (
+            good | {"labels": np.array([1, 2, 1, 2])},
+            ValueError,
+            "labels go up to 2 but lack 0: number",
+        ),
+        (
+            good | {"labels": np.array([5, 0, 0, 5])},
+            ValueError,
+            "up to 5 but lack 1, 2, 3, 4: number",
+        ),
         (good | {"images": nan}, ValueError, "1 of 4 hold NaN or infinity, the first is image 2"),
         (good | {"labels": np.zeros(3, np.uint8)}, ValueError, r"labels must have the shape \[4\]"),
         (good | {"labels": np.zeros(4)}, TypeError, "labels must be integers, got float64"),
