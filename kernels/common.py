@@ -95,7 +95,7 @@ def _store_columns(sum_ptr, total, o_c, first, end):
     tl.store(sum_ptr + (o_c - first), total, mask=(o_c >= first) & (o_c < end))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "each"])
 def _sum_rows_kernel(
     parts_ptr,
     sum0_ptr,

@@ -113,7 +113,7 @@ def _store_moments(part_ptr, moments, count, o_d, m_d, D: tl.constexpr):
     tl.store(part_ptr + D + o_d, tl.sum(squares, 0), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes", "per_program"])
 def _conv_attention_project_fwd_kernel(
     x_ptr,
     q_ptr,
@@ -258,7 +258,7 @@ def _conv_attention_project_fwd_kernel(
             _store_moments(parts_ptr + 4 * D, v_moments, keys, o_d, m_d, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "queries", "keys"])
 def _conv_attention_moments_kernel(
     parts_ptr,
     mean_ptr,

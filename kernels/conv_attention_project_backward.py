@@ -115,7 +115,7 @@ def _store_filters(part_ptr, dfilters, o_d, m_d, TAPS: tl.constexpr):
         tl.store(part_ptr + o_d * TAPS + tap, tl.sum(dfilters[tap], 0), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes", "per_program", "q_count", "k_count"])
 def _conv_attention_project_bwd_kernel(
     da_ptr,
     db_ptr,

@@ -29,7 +29,7 @@ def _weight_block(wq_ptr, c, o_d, COLUMNS, D: tl.constexpr):
     return tl.load(wq_ptr + _transposed(c, o_d, D), mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N"])
 def _conv_attention_weights_bwd_kernel(
     dy_ptr,
     a_ptr,

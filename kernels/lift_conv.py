@@ -61,7 +61,7 @@ def _store_values(
         tl.store(p_pixels, b_z.to(out_ptr.dtype.element_ty), mask=m_pixels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "per_program"])
 def _lift_conv_kernel(
     xp_ptr,
     bad_ptr,

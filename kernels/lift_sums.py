@@ -53,7 +53,7 @@ def _add_products(total, b_v, b_p, PRECISION: tl.constexpr, HALVES: tl.constexpr
     return tl.dot(b_v, b_p, total, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "per_program"])
 def _lift_sums_kernel(
     xp_ptr,
     w_ptr,
@@ -281,7 +281,7 @@ def _fold(
         tl.store(ones_ptr + o_t, b_sum, mask=(o_t < taps) & (o_ch == FG))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _lift_finish_kernel(
     sums_ptr,
     products_ptr,

@@ -232,7 +232,7 @@ def _lay_bank_out(
     tl.store(out_ptr + o, b, mask=o < total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def _lift_prepare_kernel(
     x_ptr,
     mask_ptr,

@@ -83,7 +83,7 @@ def _column_sums(t):
     return tl.sum(tl.reshape(t, [t.shape[0] * t.shape[1], t.shape[2]]), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N"])
 def _mlp_block_bwd_kernel(
     dy_ptr,
     alike,
@@ -229,7 +229,7 @@ def _mlp_block_bwd_kernel(
         tl.store(parts_ptr + 2 * D, _column_sums(db2), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _mlp_block_bwd_tokens_kernel(
     dy_ptr,
     alike,

@@ -13,7 +13,7 @@ from .layer_norm import normalise
 from .mlp_block_hidden import affine_weights, hidden_layer, launch_of, weights_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N"])
 def _mlp_block_fwd_kernel(
     x_ptr,
     norm_weight_ptr,

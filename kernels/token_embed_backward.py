@@ -43,7 +43,7 @@ def _store_filters(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _token_embed_bwd_kernel(
     dy_ptr,
     x_ptr,
@@ -149,7 +149,7 @@ def _token_embed_bwd_kernel(
     tl.store(parts_ptr + 2 * D + o_d, dnorm_bias, mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _token_embed_bwd_filters_kernel(
     du_ptr,
     x_ptr,
