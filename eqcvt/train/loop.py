@@ -36,7 +36,7 @@ from eqcvt.train.graph import GraphedStep
 from eqcvt.train.metrics import mean_auc
 from eqcvt.train.report import Reporter
 from eqcvt.train.schedule import learning_rate
-from eqcvt.train.setup import load_data, make_average, make_model, make_optimizer, writer
+from eqcvt.train.setup import load_data, make_average, make_model, make_optimizer, summary_writer
 from eqcvt.train.step import Step
 from eqcvt.train.trained import CLASSES, start_from
 
@@ -86,7 +86,8 @@ def train(
         resume: go on after the last finished epoch in ``config.out``; on the CPU the result is
             bit for bit that of an unbroken run. Settings that would change the finished epochs
             must be the same; ``epochs`` may grow with the schedules ``step`` and ``constant``.
-        overwrite: start afresh, removing an earlier run from ``config.out``.
+        overwrite: start afresh, removing an earlier run from ``config.out`` when data, model and
+            settings have been found to fit.
         quiet: print nothing.
 
     Returns:
@@ -101,8 +102,8 @@ def train(
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     with processes(config.device) as process, _numerics(config, process):
-        _claim(Path(config.out), process, resume=resume, overwrite=overwrite)
-        run = _Run(config, process, resume=resume, quiet=quiet)
+        _claim(Path(config.out), may_hold_a_run=resume or overwrite)
+        run = _Run(config, process, resume=resume, overwrite=overwrite, quiet=quiet)
         try:
             return run.epochs()
         except KeyboardInterrupt:
@@ -113,7 +114,9 @@ def train(
 class _Run:
     """One training run: its data, its state, and the steps on them."""
 
-    def __init__(self, config: TrainConfig, process: Process, *, resume: bool, quiet: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, process: Process, *, resume: bool, overwrite: bool, quiet: bool
+    ) -> None:
         self.config, self.process, self.folder = config, process, Path(config.out)
         self.amp = amp_dtype(config.amp, process.device.type)
         data, self.validation = load_data(config)
@@ -152,10 +155,16 @@ class _Run:
         if config.cuda_graph and no_graph is not None:
             log.info("cuda_graph is not used: %s", no_graph)
             self.reporter.say(f"cuda_graph is not used: {no_graph}")
+        make_writer = summary_writer() if config.tensorboard else None
+        # Every process has read and checked all it needs before the first one changes anything.
         process.wait()
-        logged = config.tensorboard and process.first
-        self.writer = writer(self.folder / TENSORBOARD) if logged else None
+        self.writer = None
         if process.first:
+            if overwrite:
+                for path in _parts(self.folder):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if make_writer is not None:
+                self.writer = make_writer(str(self.folder / TENSORBOARD))
             config.save(self.folder / CONFIG)
             with replacing(self.folder / CLASSES) as new:
                 new.write_text(json.dumps(data.classes) + "\n", encoding="utf-8")
@@ -372,25 +381,22 @@ def _no_graph(config: TrainConfig, process: Process) -> str | None:
     return None
 
 
-def _claim(folder: Path, process: Process, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds a run, or remove that run; nothing else there is touched."""
+def _parts(folder: Path) -> list[Path]:
+    """What there is of a run in a folder; all else in it is not ours."""
     ours = [folder / name for name in (CONFIG, CLASSES, METRICS, BEST, LAST, TENSORBOARD)]
-    present = [path for path in ours if path.exists()]
-    # Every process looks before the first one changes anything.
-    process.wait()
+    return [path for path in ours if path.exists()]
+
+
+def _claim(folder: Path, *, may_hold_a_run: bool) -> None:
+    """Refuse a file, and a folder that holds a run unless it may."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"the run folder {folder} is a file")
-    if resume or not present:
-        return
-    if not overwrite:
+    present = [] if may_hold_a_run else _parts(folder)
+    if present:
         raise FileExistsError(
             f"{folder} already holds a run ({', '.join(p.name for p in present)}): choose another "
             "folder (out), go on with it (resume) or replace it (overwrite)"
         )
-    if process.first:
-        for path in present:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    process.wait()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run is made of: data, model, averaged model, optimizer, TensorBoard writer."""
+"""What a run is made of: data, model, averaged model, optimizer, TensorBoard's writer."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def make_optimizer(
     return AdamW(groups, config.lr, config.betas, weight_decay=config.weight_decay, **kind)
 
 
-def writer(folder: Path) -> Any:
-    """A TensorBoard writer.
+def summary_writer() -> Any:
+    """TensorBoard's writer, a class to call with a folder.
 
     Raises:
         ImportError: naming the extra to install.
@@ -112,4 +112,4 @@ def writer(folder: Path) -> Any:
         raise ImportError(
             'tensorboard=True needs TensorBoard: pip install "eqcvt[tensorboard]"'
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter

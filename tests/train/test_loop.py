@@ -91,6 +91,42 @@ def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
         train(run, resume=True, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": "nothing.npz"},
+        {"batch_size": 25},
+        {"model_kwargs": {"fields": 0}},
+        {"init": "nothing"},
+        {"init": "RUN", "model": "cvt", "model_kwargs": {}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_run_that_cannot_start_leaves_the_one_it_replaces(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = config(tmp_path, epochs=1)
+    train(run, quiet=True)
+
+    def files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    before = files()
+    changes = {k: run.out if v == "RUN" else v for k, v in changes.items()}
+    with pytest.raises((ValueError, FileNotFoundError)):
+        train(replace(run, **changes), overwrite=True, quiet=True)
+    assert files() == before
+
+
+def test_a_run_starts_from_the_one_it_replaces(tmp_path: Path) -> None:
+    run = config(tmp_path, epochs=6, batch_size=4, lr=0.01)
+    first = train(run, quiet=True)
+    still = replace(run, init=run.out, lr=1e-9, epochs=1, recalibrate=0)
+    second = train(still, overwrite=True, quiet=True)
+    assert second.best_accuracy == first.best_accuracy
+    assert len(second.history) == 1
+
+
 def test_run_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(FileExistsError, match=r"the run folder .*run is a file"):
