@@ -16,6 +16,7 @@ import typer
 
 from eqcvt.cli.app import app, console
 from eqcvt.train.config import RECIPES, TrainConfig
+from eqcvt.train.loop import CONFIG
 
 EXTRA_HELP = {
     "seed": "of the weights, the order of the images, dropout and augmentation",
@@ -94,14 +95,23 @@ def model_arguments(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def configuration(file: Path | None, recipe: str | None, given: dict[str, Any]) -> TrainConfig:
-    """Return the settings of ``file`` (or of a recipe), overridden by the flags that were given."""
+def configuration(
+    file: Path | None, recipe: str | None, given: dict[str, Any], *, resume: bool = False
+) -> TrainConfig:
+    """Return the settings of ``file`` (or of a recipe), overridden by the flags that were given.
+
+    Without either, a run to resume has the settings in its own folder.
+    """
+    flags = {name: value for name, value in given.items() if value not in (None, [])}
+    own = Path(flags.get("out", TrainConfig.out)) / CONFIG
+    if resume and file is None and recipe is None and own.is_file():
+        file = own
+        flags["out"] = str(own.parent)  # wherever the folder was when it was written
     values = {} if file is None else TrainConfig.from_file(file).to_dict()
     if recipe is not None:
         if file is not None:
             raise ValueError("--recipe goes into the file: give either --recipe or --config")
         values["recipe"] = recipe
-    flags = {name: value for name, value in given.items() if value not in (None, [])}
     if "model_kwargs" in flags:
         flags["model_kwargs"] = {
             **values.get("model_kwargs", {}),
@@ -109,6 +119,8 @@ def configuration(file: Path | None, recipe: str | None, given: dict[str, Any]) 
         }
     merged = {**values, **flags}
     if "data" not in merged:
+        if resume and recipe is None:
+            raise FileNotFoundError(f"nothing to resume: no {own}; --out names the run's folder")
         raise ValueError("no training images: give --data PATH, or a --config file with data")
     return TrainConfig.from_dict(merged)
 
@@ -123,7 +135,9 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help=f"Start from a named set: {' | '.join(RECIPES)}.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, with its settings.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --out.")
     ] = False,
@@ -136,7 +150,7 @@ def train(
     from eqcvt import plots
     from eqcvt.train import train as run
 
-    chosen = configuration(config, recipe, settings)
+    chosen = configuration(config, recipe, settings, resume=resume)
     folder, first = Path(chosen.out), os.environ.get("RANK", "0") == "0"
     result = run(chosen, resume=resume, overwrite=overwrite)
     if not first:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -222,7 +223,7 @@ class _Run:
         done = self.saved_epoch
         text = (
             f"interrupted in epoch {done + 1}; the state after epoch {done} is in "
-            f"{self.folder / LAST}. Go on with: eqcvt train --config {self.folder / CONFIG} "
+            f"{self.folder / LAST}. Go on with: eqcvt train --out {shlex.quote(str(self.folder))} "
             "--resume, or train(config, resume=True)"
         )
         self.reporter.say(text)
@@ -349,6 +350,12 @@ def _batches(config: TrainConfig, process: Process, data: LensingImages) -> Batc
         raise ValueError(
             f"batch_size {config.batch_size} leaves one image to each of {world} processes, too "
             "few for batch norm: use a larger batch or sync_batch_norm"
+        )
+    if config.batch_size > len(data):
+        largest = len(data) // world * world
+        hint = f"the largest allowed is {largest}" if largest > 1 else "give more images"
+        raise ValueError(
+            f"batch_size {config.batch_size} is more than the {len(data)} training images: {hint}"
         )
     return Batches(
         data,

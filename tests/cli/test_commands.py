@@ -82,6 +82,23 @@ def test_resumed_run_equals_an_unbroken_one(images: Path, run_folder: Path, tmp_
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
 
 
+def test_a_run_goes_on_with_its_own_settings(
+    images: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "first"
+    invoke(*TRAIN, "--data", images, "--out", out, "--epochs", 1)
+    moved = out.rename(tmp_path / "moved")
+    invoke("train", "--out", moved, "--epochs", 2, "--resume")
+    assert not out.exists()
+    unbroken = eqcvt.load_model(run_folder / "last").state_dict()
+    resumed = eqcvt.load_model(moved / "last").state_dict()
+    assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
+    (tmp_path / "runs").mkdir()
+    moved.rename(tmp_path / "runs" / "eqcvt")
+    monkeypatch.chdir(tmp_path)
+    assert "epoch 2/2" not in invoke("train", "--resume").output
+
+
 def test_flags_override_the_file_and_model_arguments_reach_the_model(
     images: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,17 @@ OPTIONS: list[tuple[str, str]] = [
     ("train --data IMAGES --model-arg fields", "--model-arg must be NAME=VALUE, got 'fields'"),
     ("train --data IMAGES --out OUT --batch-size 4 --model-arg colour=1", "argument 'colour'"),
     ("train --data IMAGES --device tpu", "device must be one of 'auto', 'cpu'.*got 'tpu'"),
-    ("train --data IMAGES --out OUT --batch-size 64", "do not fill one batch of 64"),
+    (
+        "train --data IMAGES --out OUT --batch-size 64",
+        r"batch_size 64 is more than the \d+ training images: the largest",
+    ),
     ("train --data IMAGES --out RUN", "already holds a run .*overwrite"),
     ("train --data IMAGES --out OUT --batch-size 4 --resume", "nothing to resume"),
+    (
+        "train --out OUT --resume",
+        "nothing to resume: no .*config.toml; --out names the run's folder",
+    ),
+    ("train --out RUN --resume --lr 0.5", "with other settings: lr was 0.001, now 0.5"),
     ("train --data IMAGES --resume --overwrite", "resume and overwrite exclude each other"),
     ("train --config NONE.toml", "no configuration file .*none.toml"),
     ("train --config IMAGES", "a configuration is a .toml, .yaml or .yml file"),
@@ -151,11 +160,12 @@ def test_interrupted_run_says_how_to_go_on(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Reporter, "step", step)
-    out = tmp_path / "run"
+    out = tmp_path / "my run"
     arguments = ("--data", images, "--out", out, "--epochs", 3, "--batch-size", 16)
     result = invoke("train", *arguments, "--augment", "none", "--device", "cpu", code=130)
-    assert "Go on with: eqcvt train --config" in result.output
+    advice = re.search(r"Go on with: eqcvt (.*), or", result.output)
+    assert advice is not None
     assert json.loads((out / "classes.json").read_text()) == ["no_sub", "sub"]
     monkeypatch.undo()
-    text = invoke("train", "--config", out / "config.toml", "--resume").output
+    text = invoke(*shlex.split(advice[1])).output
     assert "epoch 3/3" in text

@@ -383,7 +383,7 @@ def small() -> LensingImages:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 25}, "24 images do not fill one batch of 25"),
+        ({"batch_size": 25}, "25 is more than the 24 training images: the largest allowed is 24"),
         ({"val_data": "small.npz"}, r"differ in size: \(33, 33\) and \(29, 29\)"),
         ({"val_data": "three.npz"}, r"differ in classes: \('no_sub', 'sub'\) and"),
         ({"model_kwargs": {"in_channels": 3}}, "model_kwargs says in_channels=3, the data has 1"),
