@@ -159,7 +159,7 @@ class TrainConfig:
         """Read a ``.toml``, ``.yaml`` or ``.yml`` file.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: naming the file and what is wrong in it.
+            FileNotFoundError, ValueError: naming the file and what is wrong in it.
         """
         path = Path(path)
         if path.suffix not in (".toml", ".yaml", ".yml"):
@@ -169,14 +169,14 @@ class TrainConfig:
         try:
             text = path.read_text(encoding="utf-8")
             values = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
-        except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (ValueError, yaml.YAMLError) as error:  # YAML's dates raise a plain ValueError
             raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold named settings, got a {type(values).__name__}")
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-able values."""

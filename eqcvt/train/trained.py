@@ -41,10 +41,20 @@ def model_folder(path: Path, *, last: bool = False) -> Path:
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of a model's classes, from its folder or its run's; none if not there."""
-    for place in (folder, folder.parent):
-        if (place / CLASSES).is_file():
-            return tuple(map(str, json.loads((place / CLASSES).read_text(encoding="utf-8"))))
+    """Return the names of a model's classes, from its folder or its run's; none if not there.
+
+    Raises:
+        ValueError: if the file does not hold them.
+    """
+    for path in (folder / CLASSES, folder.parent / CLASSES):
+        if path.is_file():
+            try:
+                names = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            if not isinstance(names, list):
+                raise ValueError(f"{path} must hold a list of class names, got {names!r}")
+            return tuple(map(str, names))
     return ()
 
 

@@ -107,7 +107,8 @@ def test_yaml_reads_exponents_and_off(tmp_path: Path) -> None:
         ("a.yaml", "a: [1", ValueError, "a.yaml is not valid YAML"),
         ("a.yaml", "- 1", ValueError, "a.yaml must hold named settings, got a list"),
         ("a.toml", "data = 'x'\nlrr = 1", ValueError, "a.toml: unknown .*did you mean 'lr'"),
-        ("a.toml", "data = 'x'\nlr = 'x'", TypeError, "a.toml: lr must be a number"),
+        ("a.toml", "data = 'x'\nlr = 'x'", ValueError, "a.toml: lr must be a number"),
+        ("a.yaml", "lr: 2024-13-01", ValueError, "a.yaml is not valid YAML: month must be in"),
     ],
 )
 def test_wrong_files_are_named(

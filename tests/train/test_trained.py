@@ -91,6 +91,20 @@ def test_names(tmp_path: Path) -> None:
     assert class_names(tmp_path / "empty") == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is not valid JSON: Expecting value"),
+        (b"\xff", "is not valid JSON: .*codec"),
+        ('{"a": 1}', "must hold a list of class names, got {'a': 1}"),
+    ],
+)
+def test_a_broken_file_of_classes_is_named(tmp_path: Path, text: str | bytes, message: str) -> None:
+    (tmp_path / "classes.json").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/classes.json {message}"):
+        class_names(tmp_path / "best")
+
+
 def test_a_shipped_model_takes_images_of_another_size() -> None:
     model = eqcvt.create_model("eqcvt_c4", in_channels=1, image_size=33)
     assert start_from(model, "eqcvt-deeplense", CLASSES) == "starts from eqcvt-deeplense"
