@@ -271,6 +271,11 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
         create_model("eqcvt-c4")
 
 
+def test_an_unknown_argument_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"argument of eqcvt_c4 must be .*; did you mean 'group'"):
+        create_model("eqcvt_c4", grop="D4")
+
+
 def test_reset_classifier_and_weight_decay_names() -> None:
     model = EqCvT(1, image_size=33)
     model.reset_classifier(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,18 @@ def create_model(name: str, **kwargs: Any) -> VisionModel:
         kwargs: arguments of the model's constructor, which win over the name's.
 
     Raises:
-        ValueError: on an unknown name (the nearest is named) or a value that is not allowed.
-        TypeError: on an unknown argument.
+        ValueError: on an unknown name or argument (the nearest is named), or a value that is not
+            allowed.
+        TypeError: on a value of the wrong type.
 
     Example:
         >>> create_model("eqcvt_c4", in_channels=1).num_features
         32
     """
     architecture, defaults = _MODELS[_check.choice("model", name, list_models())]
+    known = inspect.signature(ARCHITECTURES[architecture]).parameters
+    for key in kwargs:
+        _check.choice(f"an argument of {name}", key, known)
     return ARCHITECTURES[architecture](**{**defaults, **kwargs})
 
 

@@ -31,7 +31,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("train --data IMAGES --epochs 0", "epochs must be at least 1, got 0"),
     ("train --data IMAGES --augment flip", "augment must be one of .*, got 'flip'"),
     ("train --data IMAGES --model-arg fields", "--model-arg must be NAME=VALUE, got 'fields'"),
-    ("train --data IMAGES --out OUT --batch-size 4 --model-arg colour=1", "argument 'colour'"),
+    ("train --data IMAGES --out OUT --batch-size 4 --model-arg grop=D4", "did you mean 'group'"),
     ("train --data IMAGES --device tpu", "device must be one of 'auto', 'cpu'.*got 'tpu'"),
     (
         "train --data IMAGES --out OUT --batch-size 64",
