@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,11 +193,38 @@ def test_bad_arguments_are_named(
             TypeError,
             "floating point, got torch.uint8",
         ),
+        (np.zeros((2, 1, 33, 33)), TypeError, r"torch.Tensor, got numpy.ndarray; torch.as_tensor"),
+        (
+            torch.zeros(2, 1, 33, 33, dtype=torch.float64),
+            TypeError,
+            r"is of torch.float32, got images of torch.float64: give it images.to\(torch.float32\)",
+        ),
     ],
 )
-def test_bad_images_are_named(x: Tensor, error: type[Exception], message: str) -> None:
+def test_bad_images_are_named(x: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         EqCvT(1, image_size=33)(x)
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("model", [EqCvT, CvT])
+@pytest.mark.parametrize("weights", DTYPES)
+def test_images_are_of_the_dtype_of_the_model_or_cast_by_autocast(
+    model: type, weights: torch.dtype
+) -> None:
+    instance = model(in_channels=1, image_size=33).to(weights).eval()
+    for dtype in DTYPES:
+        x = torch.rand(2, 1, 33, 33).to(dtype)
+        for amp in (None, torch.bfloat16):
+            with torch.no_grad(), torch.autocast("cpu", amp, enabled=amp is not None):
+                if dtype == weights or (amp and torch.float64 not in (dtype, weights)):
+                    if not amp or weights != torch.float16:  # which torch does not mix with amp's
+                        assert instance(x).isfinite().all()
+                else:
+                    with pytest.raises(TypeError, match=f"got images of {dtype}"):
+                        instance(x)
 
 
 def test_recommended_sizes_can_be_built() -> None:
@@ -374,6 +402,8 @@ def test_models_compile_without_graph_breaks_and_export(model: type) -> None:
     x = torch.rand(2, 1, 33, 33)
     compiled = torch.compile(instance, fullgraph=True, dynamic=True, backend="eager")
     torch.testing.assert_close(compiled(x), instance(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x.bfloat16()), instance(x.bfloat16()))
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(instance, (x,), dynamic_shapes=({0: batch},))
     other = torch.rand(5, 1, 33, 33)

@@ -29,6 +29,7 @@ from eqcvt.nn import (
     set_backend,
 )
 from eqcvt.ops import conv_size, token_mean
+from eqcvt.ops._register import as_autocast
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -137,6 +138,11 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         set_backend(self, self.default_backend)
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"images must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}; "
+                f"torch.as_tensor makes one"
+            )
         channels, size = self.config["in_channels"], self.config["image_size"]
         if x.dim() != 4 or tuple(x.shape[1:]) != (channels, size, size):
             raise ValueError(
@@ -147,6 +153,13 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
             raise TypeError(
                 f"images must be floating point, got {x.dtype}; "
                 f"eqcvt.data.to_unit turns grey values into numbers from 0 to 1"
+            )
+        weight = next(self.parameters(), x)  # DataParallel's copies have none
+        if x.dtype != weight.dtype and as_autocast(x).dtype != as_autocast(weight).dtype:
+            raise TypeError(
+                f"this {type(self).__name__} is of {weight.dtype}, got images of {x.dtype}: "
+                f"give it images.to({weight.dtype}), or make it one of theirs, "
+                f"model.to({x.dtype})"
             )
 
     if TYPE_CHECKING:  # torch's own says nothing of the result
@@ -182,7 +195,8 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             ValueError: if the shape is not the one the model was built for.
-            TypeError: if the images are not floating point.
+            TypeError: if the images are no tensor, or not of the model's dtype; autocast takes any
+                floating point but float64.
         """
         return self.forward_head(self.forward_features(x))
 
