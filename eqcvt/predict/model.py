@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eqcvt._check import amp_dtype, integer
 from eqcvt.data import to_unit
-from eqcvt.models import VisionModel
+from eqcvt.models import VisionModel, evaluating
 from eqcvt.predict.ahead import ahead
 from eqcvt.predict.images import Images
 from eqcvt.predict.read import SKIPPED, Chunk
@@ -36,14 +36,24 @@ class Prediction:
 
 
 def class_names(model: VisionModel, classes: Sequence[str] = ()) -> list[str]:
-    """Return the names given, or ``class 0``, ``class 1``, ..."""
-    return list(classes) or [f"class {k}" for k in range(model.num_classes)]
+    """Return the names given, or ``class 0``, ``class 1``, ...
+
+    Raises:
+        ValueError: another number of names than the model has classes, or a model without any.
+    """
+    number = model.num_classes
+    if not number:
+        raise ValueError("the model has no classes (num_classes=0): reset_classifier gives it some")
+    names = list(classes) or [f"class {k}" for k in range(number)]
+    if len(names) != number:
+        raise ValueError(f"the model has {number} classes, got {len(names)} names: {names}")
+    return names
 
 
 @torch.inference_mode()
 def predict(
     model: VisionModel,
-    images: Images | Iterable[str | Path],
+    images: Images | str | Path | Iterable[str | Path],
     *,
     classes: Sequence[str] = (),
     fit: str = "crop",
@@ -57,9 +67,10 @@ def predict(
     while the last one's results come back.
 
     Args:
-        model: an ``EqCvT`` or ``CvT`` in eval mode; its device does the work.
-        images: files and folders (see ``find_images``), or ``Images`` of them, which may be a part
-            and pass over bad images.
+        model: an ``EqCvT`` or ``CvT``; its device does the work. Each batch is evaluated as in
+            evaluation mode, and the model keeps the mode it is in.
+        images: a file or folder, or several (see ``find_images``), or ``Images`` of them, which may
+            be a part and pass over bad images.
         classes: names of the classes; ``class 0``, ``class 1``, ... if empty.
         fit: what to do with images of another size (see ``fit_image``).
         batch_size: images per forward pass.
@@ -67,20 +78,26 @@ def predict(
         readers: threads that read and decode.
 
     Raises:
-        ValueError, FileNotFoundError: as ``Images.find`` and ``Images.chunks`` say.
+        ValueError, FileNotFoundError: as ``class_names``, ``Images.find`` and ``Images.chunks``
+            say.
     """
     integer("batch_size", batch_size)
     weights = next(model.parameters())
     device = weights.device
     dtype = amp_dtype(amp, device.type)
-    found = images if isinstance(images, Images) else Images.find(images, readers=readers)
     names = class_names(model, classes)
+    if isinstance(images, (str, Path)):
+        images = [images]
+    found = images if isinstance(images, Images) else Images.find(images, readers=readers)
     size, channels = model.config["image_size"], model.config["in_channels"]
     chunks = found.chunks(channels, size, fit, readers=readers)
     before: tuple[Chunk, Callable[[], Tensor]] | None = None
     for batch in ahead([_batches(chunks, batch_size, device)], threads=1, depth=2):
         x = _unit(batch.images.to(device, non_blocking=True)).to(weights.dtype)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with (
+            evaluating(model),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+        ):
             logits = model(x)
         # The results of a batch are waited for when the next one is on its way.
         if before is not None:
