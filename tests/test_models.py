@@ -470,8 +470,19 @@ def test_damaged_folders_are_named(
         eqcvt.load_model(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", ["./none", "/none/here", "a/b/c"])
-def test_a_missing_folder_is_named(name: str) -> None:
+def test_a_run_folder_names_its_models(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    EqCvT(1, image_size=33).save_pretrained(run / "last")
+    for load in (eqcvt.load_model, EqCvT.from_pretrained):
+        with pytest.raises(FileNotFoundError, match=f"{run} is a run: load {run}/last$"):
+            load(run)
+    EqCvT(1, image_size=33).save_pretrained(run / "best")
+    with pytest.raises(FileNotFoundError, match=f"is a run: load {run}/best or {run}/last$"):
+        eqcvt.load_model(run)
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/here", "a/b/c", "none", Path("a/b")])
+def test_a_missing_folder_is_named(name: str | Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
         EqCvT.from_pretrained(name)
 

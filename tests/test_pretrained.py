@@ -14,7 +14,7 @@ import eqcvt
 from eqcvt import fast
 from eqcvt.cli import app
 from eqcvt.cli.checkpoints import help_text
-from eqcvt.models import registry
+from eqcvt.models import _base, registry
 from tests.train.rings import SIZE, TINY, rings
 
 FILES = {"model.safetensors", "config.json", "classes.json", "card.json"}
@@ -60,6 +60,25 @@ def test_models_are_loaded_by_name(shipped: Path) -> None:
     x = torch.rand(2, 1, SIZE, SIZE)
     with torch.no_grad():
         torch.testing.assert_close(quick(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [eqcvt.EqCvT, fast.EqCvT])
+def test_a_class_takes_a_name_without_asking_the_hub(
+    shipped: Path, monkeypatch: pytest.MonkeyPatch, cls: type[eqcvt.EqCvT]
+) -> None:
+    monkeypatch.setattr(_base, "hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    model = cls.from_pretrained("eqcvt-rings")
+    assert type(model) is cls
+    for name, value in eqcvt.load_pretrained("eqcvt-rings").state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    with pytest.raises(ValueError, match="holds the architecture CvT, not EqCvT"):
+        cls.from_pretrained("cvt-rings")
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder eqcvt-ring .*are cvt-rings, eqcvt-rings"
+    ):
+        cls.from_pretrained("eqcvt-ring")
+    eqcvt.EqCvT(2, image_size=SIZE).save_pretrained("eqcvt-rings")
+    assert cls.from_pretrained("eqcvt-rings").config["in_channels"] == 2
 
 
 def test_a_wrong_name_is_told_the_nearest(shipped: Path) -> None:

@@ -273,23 +273,31 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
     def from_pretrained(
         cls: type[M], pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> M:
-        """Load a model of this class from a folder, or from the Hugging Face Hub by ``owner/name``.
+        """Load a model of this class from a folder, the package, or the Hugging Face Hub.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the Hub's name.
+            pretrained_model_name_or_path: the folder; where there is none, one of
+                :func:`eqcvt.list_pretrained`, or ``owner/name`` on the Hub.
             kwargs: arguments of the constructor, ``map_location``, ``strict``, and those of
                 ``huggingface_hub``.
 
         Raises:
-            FileNotFoundError: if it looks like a folder and there is none.
+            FileNotFoundError: if it looks like none of these.
             ValueError: if a file is damaged or holds another class.
         """
+        from eqcvt.models.registry import list_pretrained, pretrained_folder
+
         name = str(pretrained_model_name_or_path)
-        local = isinstance(pretrained_model_name_or_path, Path) or not re.fullmatch(
-            r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name
-        )
-        if local and not os.path.isdir(name):
-            raise FileNotFoundError(f"there is no folder {name} to load a model from")
+        if not os.path.isdir(name):
+            names = list_pretrained()
+            hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+            if name in names:
+                name = str(pretrained_folder(name))
+            elif isinstance(pretrained_model_name_or_path, Path) or not hub:
+                raise FileNotFoundError(
+                    f"there is no folder {name} to load a model from; the trained models that come "
+                    f"with eqcvt are {', '.join(names) or 'none'}, those of the Hub are owner/name"
+                )
         model: M = super().from_pretrained(name, **kwargs)
         return model
 
@@ -337,10 +345,15 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a model's ``config.json``; an error names the file."""
+    folder = path.parent
     if not path.is_file():
+        models = [
+            folder / part for part in ("best", "last") if (folder / part / path.name).is_file()
+        ]
+        if models:
+            raise FileNotFoundError(f"{folder} is a run: load {' or '.join(map(str, models))}")
         raise FileNotFoundError(
-            f"{path.parent} is not a saved model: it has no {path.name} "
-            f"(save_pretrained writes one)"
+            f"{folder} is not a saved model: it has no {path.name} (save_pretrained writes one)"
         )
     try:
         config = json.loads(path.read_text())

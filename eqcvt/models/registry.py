@@ -126,8 +126,8 @@ def load_pretrained(name: str, *, device: str = "cpu") -> VisionModel:
         device: where to put the model.
 
     Returns:
-        The model in evaluation mode. :func:`pretrained_folder` has its classes and its card, and is
-        what ``eqcvt.fast.EqCvT.from_pretrained`` takes.
+        The model in evaluation mode. :func:`pretrained_folder` has its classes and its card;
+        ``eqcvt.fast.EqCvT.from_pretrained`` takes the name too.
 
     Raises:
         ValueError: as :func:`pretrained_folder`.
