@@ -111,8 +111,8 @@ def held_out(first: Loaded) -> tuple[LensingImages, str]:
     """
     from eqcvt.train.checkpoint import trained_on
     from eqcvt.train.config import TrainConfig
-    from eqcvt.train.loop import LAST, _fingerprint
-    from eqcvt.train.setup import load_data
+    from eqcvt.train.loop import LAST
+    from eqcvt.train.setup import fingerprint, load_data
 
     if first.run is None or not (first.run / "config.toml").is_file():
         raise ValueError(f"{first.folder} belongs to no run: say which images with --data PATH")
@@ -124,7 +124,7 @@ def held_out(first: Loaded) -> tuple[LensingImages, str]:
         raise FileNotFoundError(
             f"{error}, which {file} names: say where the images are with --data PATH"
         ) from error
-    if trained_on(first.run / LAST) not in (None, _fingerprint(*sets)):
+    if trained_on(first.run / LAST) not in (None, fingerprint(*sets)):
         raise ValueError(
             f"{config.data} has other images than {first.run} was trained and validated on, so "
             "none are known to be held out: say which with --data PATH"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -37,7 +36,14 @@ from eqcvt.train.graph import GraphedStep
 from eqcvt.train.metrics import mean_auc
 from eqcvt.train.report import Reporter
 from eqcvt.train.schedule import learning_rate
-from eqcvt.train.setup import load_data, make_average, make_model, make_optimizer, summary_writer
+from eqcvt.train.setup import (
+    fingerprint,
+    load_data,
+    make_average,
+    make_model,
+    make_optimizer,
+    summary_writer,
+)
 from eqcvt.train.step import Step
 from eqcvt.train.trained import CLASSES, start_from
 
@@ -139,7 +145,7 @@ class _Run:
             optimizer=make_optimizer(model, config, capturable=graphed),
             scaler=torch.amp.GradScaler(process.device.type, enabled=config.amp == "fp16"),
             average=average,
-            progress=Progress(data=_fingerprint(data, self.validation)),
+            progress=Progress(data=fingerprint(data, self.validation)),
         )
         self.augment = Augment(config.augment, supersample=config.supersample)
         if resume:
@@ -421,13 +427,3 @@ def _numerics(config: TrainConfig, process: Process) -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warned)
-
-
-def _fingerprint(*sets: LensingImages) -> str:
-    """A hash of images, labels and class names, to know the data again when a run goes on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for data in sets:
-        digest.update(repr((data.images.shape, str(data.images.dtype), data.classes)).encode())
-        digest.update(np.ascontiguousarray(data.images).data)
-        digest.update(np.ascontiguousarray(data.labels).data)
-    return digest.hexdigest()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.optim import Adam, AdamW, Optimizer
 
 from eqcvt.data import LensingImages, load, split
@@ -38,6 +40,16 @@ def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
                 f"training and validation images differ in {what}: {ours} and {theirs}"
             )
     return data, held_out
+
+
+def fingerprint(*sets: LensingImages) -> str:
+    """A hash of images, labels and class names, to know the data again when a run goes on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for data in sets:
+        digest.update(repr((data.images.shape, str(data.images.dtype), data.classes)).encode())
+        digest.update(np.ascontiguousarray(data.images).data)
+        digest.update(np.ascontiguousarray(data.labels).data)
+    return digest.hexdigest()
 
 
 def make_model(config: TrainConfig, data: LensingImages) -> VisionModel:
