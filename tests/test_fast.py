@@ -409,3 +409,12 @@ def test_what_holds_no_model_is_refused(change: Callable[[Any], nn.Module]) -> N
         change(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=f"{name} takes a torch module, got dict"):
         change({})
+
+
+def test_a_model_of_which_a_backend_refuses_a_part_compiles_with_dynamic_shapes() -> None:
+    model = fast.CvT(in_channels=1, image_size=33).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with use_backend("auto"):
+        for batch in (2, 3):
+            x = torch.rand(batch, 1, 33, 33)
+            torch.testing.assert_close(compiled(x), model(x))

@@ -297,10 +297,10 @@ def _supports(
         if w.v.shape != w.q.shape:
             return "its heads of queries and values differ in width"
         head_dim = w.q.shape[0] // heads
-        most = FOLD_PAYS.get(x.device.type, 1) * head_dim
+        most = int(FOLD_PAYS.get(x.device.type, 1) * head_dim)
         return (
             f"{x.shape[1]} channels are too many to fold heads of {head_dim} into "
-            f"(up to {most:g} pay)"
+            f"(up to {most} pay)"
         )
     reason: str | None = module.supports(
         as_autocast(x), q.filters, heads=heads, kv_stride=kv_stride
