@@ -139,3 +139,8 @@ def test_what_the_package_carries(name: str) -> None:
     size, channels = model.config["image_size"], model.config["in_channels"]
     with torch.no_grad():
         assert model(torch.rand(1, channels, size, size)).isfinite().all()
+
+
+def test_load_model_knows_the_names_that_are_shipped() -> None:
+    with pytest.raises(FileNotFoundError, match=r"eqcvt\.load_pretrained\('cvt-deeplense'\)"):
+        eqcvt.load_model("cvt-deeplense")

@@ -81,6 +81,11 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> VisionModel:
         FileNotFoundError: if the folder or a file in it is missing.
         ValueError: if a file is damaged or does not fit the model.
     """
+    if not Path(folder).is_dir() and str(folder) in list_pretrained():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: the trained model of that name comes with the package, "
+            f"eqcvt.load_pretrained({str(folder)!r}) loads it"
+        )
     folder = Path(folder)
     config = read_config(folder / CONFIG)
     name = _check.choice(
