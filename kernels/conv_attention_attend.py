@@ -280,7 +280,8 @@ def _conv_attention_attend_fwd_kernel(
             wide = q.to(tl.float32)
             square = tl.sum(wide * wide, 1)
             square = tl.where(square == square, square, float("inf"))
-            tl.store(bound_ptr + h, tl.sqrt(tl.max(square, 0)) * reach)
+            most = tl.max(square[:, None], 0)
+            tl.store(bound_ptr + h + tl.arange(0, 1), tl.sqrt(most) * reach)
             tl.debug_barrier()
             # False where it is infinite, or NaN.
             if tl.load(bound_ptr + h) < SAFE_EXPONENT:
