@@ -63,7 +63,8 @@ class Report(NamedTuple):
     ``serialised`` is whether each asynchronous matrix product is waited for before the next begins;
     ``beyond`` whether one has more warps along its rows than its tile has rows for; ``undefined``
     whether an address is added to before anything has written it, which ptxas has done to the
-    descriptors of such products and which on a GPU was an illegal address.
+    descriptors of such products and which on a GPU was an illegal address; ``writes`` whether
+    anything is written to memory at all: Triton has compiled a kernel to nothing.
     """
 
     kernel: str
@@ -76,6 +77,7 @@ class Report(NamedTuple):
     serialised: bool
     beyond: bool
     undefined: bool
+    writes: bool
 
 
 def launches(call: Callable[[], object], capability: int = 90) -> list[Launch]:
@@ -150,6 +152,7 @@ def assemble(launch: Launch, capability: int) -> Report:
         "wgmma.mma_async instructions are serialized" in remarks,
         _beyond(compiled.asm["ttgir"]),
         _undefined(code.stdout),
+        re.search(r"\s(STG|UTMASTG|UBLKCP)", code.stdout) is not None,
     )
 
 

@@ -524,6 +524,7 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
         assert r["spilled"] <= (32 if widest else 0), r
         assert not r["beyond"], r
         assert not r["undefined"], r
+        assert r["writes"], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         if "attend_" in r["kernel"]:
             assert r["matrix"] == {80: "HMMA", 90: "HGMMA"}[r["capability"]], r

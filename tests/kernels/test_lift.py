@@ -558,6 +558,7 @@ def test_kernels_assemble_without_spills_within_shared_memory(
         assert report["shared"] <= aot.SHARED_LIMIT[report["capability"]], report
         assert not report["beyond"], report
         assert not report["undefined"], report
+        assert report["writes"], report
         if "bf" in calls and report["kernel"] in ("_lift_conv_kernel", "_lift_sums_kernel"):
             assert report["matrix"] == ("HGMMA" if report["capability"] == 90 else "HMMA"), report
 

@@ -249,9 +249,10 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     assert {r["kernel"] for r in reports} >= {"_mlp_block_fwd_kernel", "_mlp_block_bwd_kernel"}
     for r in reports:
         # The backward kernel is a few registers too large: on sm_80, and on sm_90 with 64 channels
-        # or where all tokens share a gradient.
-        few = 32 if wide else 24 if "averaged" in r["call"] else 0
+        # or where all tokens share a gradient; so is the forward one with 128 channels.
+        few = 64 if wide else 24 if "averaged" in r["call"] else 0
         assert r["spilled"] <= {80: 64, 90: few}[r["capability"]], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         assert not r["beyond"], r
         assert not r["undefined"], r
+        assert r["writes"], r

@@ -241,3 +241,4 @@ def test_kernels_assemble_for_the_gpus_we_aim_at() -> None:
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         assert not r["beyond"], r
         assert not r["undefined"], r
+        assert r["writes"], r
