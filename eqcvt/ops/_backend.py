@@ -252,7 +252,7 @@ def choose(
     if requested == "reference" or _exporting():  # every op has one, on every device
         return "reference"
     _check.choice("EQCVT_BACKEND", requested, BACKENDS)
-    if forward_ad._current_level >= 0:
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # torch has no public name for it
         # The registered ops have gradients only, and torch would take their tangents for zero.
         if requested == "auto":
             return "reference"
