@@ -117,119 +117,121 @@ def _conv_attention_attend_bwd_queries_kernel(
 ):
     """Write ``dq``, and what the next kernel needs: ``q``, ``do``, ``lse2`` and ``delta``.
 
-    One program owns BLOCK_N queries of one head of one image::
+    One program owns BLOCK_N queries of one image; heads follow one another, so that ``dy`` and
+    ``a`` are read, dropped and normalised once::
 
-                      keys, BLOCK_M at a time ->
-        queries       scores -> exp2 -> ds -> dq += ds b'
-        BLOCK_N
+                                 keys, BLOCK_M at a time ->
+        queries       [ head 0:  scores -> exp2 -> ds -> dq += ds b' ]
+        BLOCK_N       [ head 1:  ...                                 ]
 
     The last four have ROWS queries, whole tiles of both kernels; those beyond N count for nothing.
     ``q`` and ``lse2`` are in units of log 2, and ``delta`` is times ln 2, so that the next kernel
     makes of them, in no more operations, the gradient for this ``q``. Per score: 6 D operations on
     the tensor cores and one exponential; 0.33 ms and 0.38 ms for 1.37e9 scores at D = 32 (batch
-    128, H100). Bytes: 6 D numbers per query and head (dy and a, from L2 for all but one head, o; q,
-    do, dq). Accumulates in fp32, keys in order.
+    128, H100). Bytes: 2 D numbers per query (dy, a) and 4 D per query and head
+    (o; q, do, dq). Accumulates in fp32, keys in order.
     """
     tiles = ROWS // BLOCK_N
-    i_h = tl.program_id(0) // tiles % HEADS
-    i_b = (tl.program_id(0) // tiles // HEADS).to(tl.int64)
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
     o_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_n = o_n < N
     m_d = o_d < D
     mask = m_n[:, None] & m_d[None, :]
     offsets = o_n[:, None] * D + o_d[None, :]
-    head_offsets = (o_n[:, None] * HEADS + i_h) * D + o_d[None, :]
-    rows = (i_b * HEADS + i_h) * ROWS
     dtype = q_ptr.dtype.element_ty
+    k_ptr += i_b * M * D
+    v_ptr += i_b * M * D
 
     scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0)
     shift = tl.load(shift_ptr + o_d, mask=m_d, other=0.0)
     a = tl.load(a_ptr + i_b * N * D + offsets, mask=mask, other=0.0).to(tl.float32)
     a = (a * scale[None, :] + shift[None, :]).to(dtype)  # [BLOCK_N, BLOCK_D]
-    q = latent_queries(a, wq_ptr, bq_ptr, i_h, D, BLOCK_D, PRECISION)
-    tl.store(q_ptr + rows * D + offsets, q, mask=m_d[None, :])
     t = tl.load(dy_ptr + i_b * N * D + offsets, mask=mask, other=0.0)
     if HAS_DROPOUT:
         keep = dropout_mask.keep_factor(
             tl.load(seed_ptr), i_b * N + o_n, threshold, factor, 0, D, BLOCK_D, 0
         )
         t = (t.to(tl.float32) * keep).to(dtype)
-    wo = head_weight(wo_ptr, i_h, D, BLOCK_D).to(dtype)
-    do = tl.dot(t, tl.trans(wo), input_precision=PRECISION).to(dtype)
+    whole = M // BLOCK_M * BLOCK_M
+    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D)
     # The log-sum-exp is rounded, and probabilities add up to one but for that. In fp32 it is seen,
     # so they are added up once more, and what the next kernel multiplies them with is divided.
     EXACT: tl.constexpr = dtype == tl.float32
-    if not EXACT:
-        tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
-    total = tl.zeros([BLOCK_N], tl.float32)
-    delta = tl.zeros([BLOCK_N], tl.float32)
-    if WHOLE:
-        o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
-    lse = tl.load(lse_ptr + (i_b * HEADS + i_h) * N + o_n, mask=m_n, other=float("inf"))
-    lse2 = lse * LOG2E
-    tl.store(lse2_ptr + rows + o_n, lse2)
 
-    k_ptr += i_b * M * D
-    v_ptr += i_b * M * D
-    dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    whole = M // BLOCK_M * BLOCK_M
-    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D)
-    if WHOLE:
-        tl.assume(whole > 0)
-        for first in tl.range(0, whole, BLOCK_M):
-            for inner in tl.static_range(0, BLOCK_M, STEP):
-                dq, delta, total = _query_gradient(
-                    dq,
-                    q,
-                    do,
-                    lse2,
-                    delta,
-                    total,
-                    k_ptr,
-                    v_ptr,
-                    first + inner,
-                    M,
-                    D,
-                    BLOCK_D,
-                    STEP,
-                    SHARED,
-                    False,
-                    False,
-                    EXACT,
-                    PRECISION,
-                )
-    if TAIL_M > 0:
-        dq, delta, total = _query_gradient(
-            dq,
-            q,
-            do,
-            lse2,
-            delta,
-            total,
-            k_ptr,
-            v_ptr,
-            whole,
-            M,
-            D,
-            BLOCK_D,
-            TAIL_M,
-            SHARED,
-            True,
-            not WHOLE,
-            EXACT or not WHOLE,
-            PRECISION,
-        )
-    if EXACT:
-        share = 1.0 / tl.where(total > 0, total, 1.0)
+    for h in tl.range(0, HEADS, num_stages=1, disable_licm=True):
+        head_offsets = (o_n[:, None] * HEADS + h) * D + o_d[None, :]
+        rows = (i_b * HEADS + h) * ROWS
+        q = latent_queries(a, wq_ptr, bq_ptr, h, D, BLOCK_D, PRECISION)
+        tl.store(q_ptr + rows * D + offsets, q, mask=m_d[None, :])
+        wo = head_weight(wo_ptr, h, D, BLOCK_D).to(dtype)
+        do = tl.dot(t, tl.trans(wo), input_precision=PRECISION).to(dtype)
+        if not EXACT:
+            tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
+        total = tl.zeros([BLOCK_N], tl.float32)
+        delta = tl.zeros([BLOCK_N], tl.float32)
         if WHOLE:
-            dq *= share[:, None]
-        delta *= share
-        tl.store(do_ptr + rows * D + offsets, do * share[:, None], mask=m_d[None, :])
-    tl.store(delta_ptr + rows + o_n, delta * LN2)
-    tl.store(dq_ptr + i_b * N * HEADS * D + head_offsets, dq.to(dtype), mask=mask)
+            o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
+            delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
+        lse = tl.load(lse_ptr + (i_b * HEADS + h) * N + o_n, mask=m_n, other=float("inf"))
+        lse2 = lse * LOG2E
+        tl.store(lse2_ptr + rows + o_n, lse2)
+
+        dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if WHOLE:
+            tl.assume(whole > 0)
+            for first in tl.range(0, whole, BLOCK_M):
+                for inner in tl.static_range(0, BLOCK_M, STEP):
+                    dq, delta, total = _query_gradient(
+                        dq,
+                        q,
+                        do,
+                        lse2,
+                        delta,
+                        total,
+                        k_ptr,
+                        v_ptr,
+                        first + inner,
+                        M,
+                        D,
+                        BLOCK_D,
+                        STEP,
+                        SHARED,
+                        False,
+                        False,
+                        EXACT,
+                        PRECISION,
+                    )
+        if TAIL_M > 0:
+            dq, delta, total = _query_gradient(
+                dq,
+                q,
+                do,
+                lse2,
+                delta,
+                total,
+                k_ptr,
+                v_ptr,
+                whole,
+                M,
+                D,
+                BLOCK_D,
+                TAIL_M,
+                SHARED,
+                True,
+                not WHOLE,
+                EXACT or not WHOLE,
+                PRECISION,
+            )
+        if EXACT:
+            share = 1.0 / tl.where(total > 0, total, 1.0)
+            if WHOLE:
+                dq *= share[:, None]
+            delta *= share
+            tl.store(do_ptr + rows * D + offsets, do * share[:, None], mask=m_d[None, :])
+        tl.store(delta_ptr + rows + o_n, delta * LN2)
+        tl.store(dq_ptr + i_b * N * HEADS * D + head_offsets, dq.to(dtype), mask=mask)
 
 
 def attend_backward(
@@ -281,7 +283,7 @@ def attend_backward(
     q, do = a.new_empty(2, batch, heads, rows, width)
     lse2, delta = lse.new_empty(2, batch, heads, rows)
     dq = torch.empty_like(o)
-    _conv_attention_attend_bwd_queries_kernel[(batch * heads * rows // own["BLOCK_N"],)](
+    _conv_attention_attend_bwd_queries_kernel[(batch * rows // own["BLOCK_N"],)](
         dy,
         a,
         k,

@@ -18,11 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import cdiv, padded
+from .common import cdiv, padded, programs
 from .layer_norm import normalise
 
 # Windows of larger cells are more than a program could keep, or compile.
 LARGEST_CELL = 4
+# Programs that a multiprocessor has room for, and cells below which one only repeats its halo.
+RESIDENT, LEAST = 4, 4
 
 
 @triton.jit
@@ -43,8 +45,29 @@ def within(row, column, H, W):
 
 
 @triton.jit
-def _load_row(
+def load_row(
     p_x,
+    row,
+    left,
+    m_d,
+    H,
+    W,
+    stride_xh,
+    stride_xw,
+    WIDE: tl.constexpr,
+):
+    """Load one row of the lanes' windows, as it is in memory: a tuple of [BLOCK_T, D]."""
+    pixels = ()
+    for j in tl.static_range(WIDE):
+        mask = within(row, left + j, H, W)[:, None] & m_d[None, :]
+        x = tl.load(p_x + (row * stride_xh + j * stride_xw), mask=mask, other=0.0)
+        pixels = pixels + (x,)  # noqa: RUF005
+    return pixels
+
+
+@triton.jit
+def _normalised(
+    raw,
     row,
     left,
     m_d,
@@ -52,20 +75,18 @@ def _load_row(
     norm_bias,
     H,
     W,
-    stride_xh,
-    stride_xw,
     eps,
     WIDE: tl.constexpr,
     D: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Load one row of the lanes' windows, and normalise it: a tuple of float32 [BLOCK_T, D]."""
+    """Return a row from :func:`load_row` after the layer norm: a tuple of float32 [BLOCK_T, D]."""
     pixels = ()
     for j in tl.static_range(WIDE):
-        mask = within(row, left + j, H, W)[:, None] & m_d[None, :]
-        x = tl.load(p_x + (row * stride_xh + j * stride_xw), mask=mask, other=0.0).to(tl.float32)
+        x = raw[j].to(tl.float32)
         if NORM:
             unit, _rstd = normalise(x, m_d, eps, D)
+            mask = within(row, left + j, H, W)[:, None] & m_d[None, :]
             x = tl.where(mask, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
         pixels = pixels + (x,)  # noqa: RUF005
     return pixels
@@ -192,27 +213,20 @@ def _conv_attention_project_fwd_kernel(
     v_moments = q_moments
     window = ()
     for i in tl.static_range(SIZE - 1):
-        window = window + _load_row(
-            p_x,
-            first * CELL - HALO + i,
-            left,
-            m_d,
-            norm_weight,
-            norm_bias,
-            H,
-            W,
-            stride_xh,
-            stride_xw,
-            eps,
-            WIDE,
-            D,
-            NORM,
+        row = first * CELL - HALO + i
+        fresh = load_row(p_x, row, left, m_d, H, W, stride_xh, stride_xw, WIDE)
+        window = window + _normalised(
+            fresh, row, left, m_d, norm_weight, norm_bias, H, W, eps, WIDE, D, NORM
         )
+    fresh = ()
+    for y in tl.static_range(CELL):
+        row = first * CELL + HALO + y
+        fresh = fresh + load_row(p_x, row, left, m_d, H, W, stride_xh, stride_xw, WIDE)
     first_key = (first + APART - 1) // APART * APART
     for i_r in tl.range(first, end):
         for y in tl.static_range(CELL):
-            window = window + _load_row(
-                p_x,
+            window = window + _normalised(
+                fresh[y * WIDE : (y + 1) * WIDE],
                 i_r * CELL + HALO + y,
                 left,
                 m_d,
@@ -220,13 +234,16 @@ def _conv_attention_project_fwd_kernel(
                 norm_bias,
                 H,
                 W,
-                stride_xh,
-                stride_xw,
                 eps,
                 WIDE,
                 D,
                 NORM,
             )
+        # Fetched a step before they are wanted: memory answers while this step is computed.
+        fresh = ()
+        for y in tl.static_range(CELL):
+            row = tl.where(i_r + 1 < end, (i_r + 1) * CELL + HALO + y, -1)
+            fresh = fresh + load_row(p_x, row, left, m_d, H, W, stride_xh, stride_xw, WIDE)
         for y in tl.static_range(CELL):
             for x in tl.static_range(CELL):
                 row = i_r * CELL + y
@@ -309,10 +326,18 @@ class Walk(NamedTuple):
         return cdiv(self.lanes, block), cdiv(self.rows, self.per_program)
 
 
-def walk(batch: int, height: int, breadth: int, cell: int, most: int) -> Walk:
-    """Share cells evenly among as few programs as leave each lane of one at ``most`` cells."""
+def walk(x: Tensor, cell: int, block: int, most: int) -> Walk:
+    """Share cells evenly among programs of ``block`` lanes and at most ``most`` cells of each.
+
+    A lane is divided further where few images would leave multiprocessors without programs: each
+    step down it waits for the one before.
+    """
+    batch, _, height, breadth = x.shape
     rows, columns = cdiv(height, cell), cdiv(breadth, cell)
-    return Walk(batch * columns, rows, columns, cdiv(rows, cdiv(rows, most)))
+    lanes = batch * columns
+    across = cdiv(lanes, block)
+    fill = programs(x, RESIDENT, across * cdiv(rows, LEAST)) // across
+    return Walk(lanes, rows, columns, cdiv(rows, max(fill, cdiv(rows, most))))
 
 
 def cell_size(stride: int) -> int:
@@ -373,10 +398,10 @@ def project(
         return a, b, c, mean.zero_(), variance.zero_()
     launch = launches.find("conv_attention_project_fwd", x, launches.width_class(width))
     cell = cell_size(kv_stride)
-    cells = walk(batch, height, breadth, cell, launch.pop("ROWS"))
+    cells = walk(x, cell, launch["BLOCK_T"], launch.pop("ROWS"))
     grid = cells.grid(launch["BLOCK_T"])
-    programs = grid[0] * grid[1]
-    parts = q.new_empty(programs, projections, 2, width, dtype=torch.float64) if moments else mean
+    count = grid[0] * grid[1]
+    parts = q.new_empty(count, projections, 2, width, dtype=torch.float64) if moments else mean
     _conv_attention_project_fwd_kernel[grid](
         x,
         q,
@@ -411,7 +436,7 @@ def project(
             parts,
             mean,
             variance,
-            programs,
+            count,
             batch * height * breadth,
             batch * rows * columns,
             D=width,

@@ -18,8 +18,25 @@ from torch import Tensor
 
 from . import launches
 from .common import padded, sum_rows
-from .conv_attention_project import addressable, cell_size, load_filters, strided, walk, within
+from .conv_attention_project import (
+    addressable,
+    cell_size,
+    load_filters,
+    load_row,
+    strided,
+    walk,
+    within,
+)
 from .layer_norm import normalise, normalise_backward
+
+
+@triton.jit
+def _seen(row, column, OH, OW, APART: tl.constexpr):
+    """Whether cells have a token: they are inside, and the ``APART``-th both ways."""
+    inside = within(row, column, OH * APART, OW * APART)
+    if APART > 1:
+        inside &= (row % APART == 0) & (column % APART == 0)
+    return inside
 
 
 @triton.jit
@@ -32,32 +49,105 @@ def _load_gradients(
     OH,
     OW,
     m_d,
-    moments,
     WIDE: tl.constexpr,
     APART: tl.constexpr,
     D: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
-    """Load one row of the lanes' windows of total gradients: a tuple of float32 [BLOCK_T, D].
+    """Load one row of the lanes' windows, as it is in memory: a tuple of [BLOCK_T, D].
 
-    ``row`` and ``column`` of the window's first are in cells, the ``APART``-th of which have a
-    token; ``o_t`` are the offsets of the images.
+    First the gradients, then with MOMENTS the tokens. ``row`` and ``column`` of the window's first
+    are in cells, the ``APART``-th of which have a token; ``o_t`` are the offsets of the images.
     """
     gradients = ()
+    tokens = ()
     for j in tl.static_range(WIDE):
-        inside = within(row, column + j, OH * APART, OW * APART)
-        if APART > 1:
-            inside &= (row % APART == 0) & ((column + j) % APART == 0)
-        mask = inside[:, None] & m_d[None, :]
+        mask = _seen(row, column + j, OH, OW, APART)[:, None] & m_d[None, :]
         place = o_t + row // APART * OW * D + ((column.to(tl.int64) + j) // APART * D)[:, None]
-        g = tl.load(dt_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        gradients = gradients + (tl.load(dt_ptr + place, mask=mask, other=0.0),)  # noqa: RUF005
+        if MOMENTS:
+            tokens = tokens + (tl.load(t_ptr + place, mask=mask, other=0.0),)  # noqa: RUF005
+    return gradients + tokens
+
+
+@triton.jit
+def _total_gradients(
+    raw,
+    row,
+    column,
+    OH,
+    OW,
+    m_d,
+    moments,
+    WIDE: tl.constexpr,
+    APART: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """Return the total gradients of a row from :func:`_load_gradients`, in float32."""
+    gradients = ()
+    for j in tl.static_range(WIDE):
+        g = raw[j].to(tl.float32)
         if MOMENTS:
             mean, dmean, dvariance = moments
-            t = tl.load(t_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            t = raw[WIDE + j].to(tl.float32)
             g += dmean[None, :] + dvariance[None, :] * (t - mean[None, :])
+            mask = _seen(row, column + j, OH, OW, APART)[:, None] & m_d[None, :]
             g = tl.where(mask, g, 0.0)
         gradients = gradients + (g,)  # noqa: RUF005
     return gradients
+
+
+@triton.jit
+def _load_cell(
+    da_ptr,
+    a_ptr,
+    db_ptr,
+    b_ptr,
+    dc_ptr,
+    c_ptr,
+    p_x,
+    o_q,
+    o_k,
+    i_r,
+    column,
+    q_left,
+    k_left,
+    H,
+    W,
+    OH,
+    OW,
+    stride_xh,
+    stride_xw,
+    m_d,
+    APART: tl.constexpr,
+    CELL: tl.constexpr,
+    HALO: tl.constexpr,
+    AFTER: tl.constexpr,
+    WIDE: tl.constexpr,
+    K_WIDE: tl.constexpr,
+    D: tl.constexpr,
+    HAS_V: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """Load what cells ``i_r`` add to the windows, and their pixels: four tuples of [BLOCK_T, D]."""
+    q_fresh = ()
+    pixels = ()
+    v_fresh = ()
+    for y in tl.static_range(CELL):
+        q_fresh = q_fresh + _load_gradients(
+            da_ptr, a_ptr, o_q, i_r * CELL + HALO + y, q_left, H, W, m_d, WIDE, 1, D, MOMENTS
+        )
+        pixels = pixels + load_row(
+            p_x, i_r * CELL + y, column, m_d, H, W, stride_xh, stride_xw, CELL
+        )
+    k_fresh = _load_gradients(
+        db_ptr, b_ptr, o_k, i_r + AFTER, k_left, OH, OW, m_d, K_WIDE, APART, D, MOMENTS
+    )
+    if HAS_V:
+        v_fresh = _load_gradients(
+            dc_ptr, c_ptr, o_k, i_r + AFTER, k_left, OH, OW, m_d, K_WIDE, APART, D, MOMENTS
+        )
+    return q_fresh, k_fresh, v_fresh, pixels
 
 
 @triton.jit
@@ -213,111 +303,123 @@ def _conv_attention_project_bwd_kernel(
     dv = (zero,) * (TAPS if HAS_V else 0)
     dweight = zero
     dbias = zero
+    q_left = column - HALO
+    k_left = key_column - BEFORE
     q_window = ()
     k_window = ()
     v_window = ()
     for i in tl.static_range(SIZE - 1):
-        q_window = q_window + _load_gradients(
-            da_ptr,
-            a_ptr,
-            o_q,
-            first * CELL - HALO + i,
-            column - HALO,
-            H,
-            W,
-            m_d,
-            q_moments,
-            WIDE,
-            1,
-            D,
-            MOMENTS,
+        row = first * CELL - HALO + i
+        fresh = _load_gradients(da_ptr, a_ptr, o_q, row, q_left, H, W, m_d, WIDE, 1, D, MOMENTS)
+        q_window = q_window + _total_gradients(
+            fresh, row, q_left, H, W, m_d, q_moments, WIDE, 1, MOMENTS
         )
     for i in tl.static_range(BEFORE + AFTER):
-        k_window = k_window + _load_gradients(
-            db_ptr,
-            b_ptr,
-            o_k,
-            first - BEFORE + i,
-            key_column - BEFORE,
-            OH,
-            OW,
-            m_d,
-            k_moments,
-            K_WIDE,
-            APART,
-            D,
-            MOMENTS,
+        row = first - BEFORE + i
+        fresh = _load_gradients(
+            db_ptr, b_ptr, o_k, row, k_left, OH, OW, m_d, K_WIDE, APART, D, MOMENTS
+        )
+        k_window = k_window + _total_gradients(
+            fresh, row, k_left, OH, OW, m_d, k_moments, K_WIDE, APART, MOMENTS
         )
         if HAS_V:
-            v_window = v_window + _load_gradients(
-                dc_ptr,
-                c_ptr,
-                o_k,
-                first - BEFORE + i,
-                key_column - BEFORE,
-                OH,
-                OW,
-                m_d,
-                v_moments,
-                K_WIDE,
-                APART,
-                D,
-                MOMENTS,
+            fresh = _load_gradients(
+                dc_ptr, c_ptr, o_k, row, k_left, OH, OW, m_d, K_WIDE, APART, D, MOMENTS
             )
+            v_window = v_window + _total_gradients(
+                fresh, row, k_left, OH, OW, m_d, v_moments, K_WIDE, APART, MOMENTS
+            )
+    q_fresh, k_fresh, v_fresh, z_fresh = _load_cell(
+        da_ptr,
+        a_ptr,
+        db_ptr,
+        b_ptr,
+        dc_ptr,
+        c_ptr,
+        p_x,
+        o_q,
+        o_k,
+        first,
+        column,
+        q_left,
+        k_left,
+        H,
+        W,
+        OH,
+        OW,
+        stride_xh,
+        stride_xw,
+        m_d,
+        APART,
+        CELL,
+        HALO,
+        AFTER,
+        WIDE,
+        K_WIDE,
+        D,
+        HAS_V,
+        MOMENTS,
+    )
+    ROW: tl.constexpr = WIDE * (2 if MOMENTS else 1)
     for i_r in tl.range(first, end):
         for y in tl.static_range(CELL):
-            q_window = q_window + _load_gradients(
-                da_ptr,
-                a_ptr,
-                o_q,
+            q_window = q_window + _total_gradients(
+                q_fresh[y * ROW : (y + 1) * ROW],
                 i_r * CELL + HALO + y,
-                column - HALO,
+                q_left,
                 H,
                 W,
                 m_d,
                 q_moments,
                 WIDE,
                 1,
-                D,
                 MOMENTS,
             )
-        k_window = k_window + _load_gradients(
-            db_ptr,
-            b_ptr,
-            o_k,
-            i_r + AFTER,
-            key_column - BEFORE,
-            OH,
-            OW,
-            m_d,
-            k_moments,
-            K_WIDE,
-            APART,
-            D,
-            MOMENTS,
+        k_window = k_window + _total_gradients(
+            k_fresh, i_r + AFTER, k_left, OH, OW, m_d, k_moments, K_WIDE, APART, MOMENTS
         )
         if HAS_V:
-            v_window = v_window + _load_gradients(
-                dc_ptr,
-                c_ptr,
-                o_k,
-                i_r + AFTER,
-                key_column - BEFORE,
-                OH,
-                OW,
-                m_d,
-                v_moments,
-                K_WIDE,
-                APART,
-                D,
-                MOMENTS,
+            v_window = v_window + _total_gradients(
+                v_fresh, i_r + AFTER, k_left, OH, OW, m_d, v_moments, K_WIDE, APART, MOMENTS
             )
+        pixels = z_fresh
+        # Fetched a step before they are wanted: memory answers while this step is computed.
+        q_fresh, k_fresh, v_fresh, z_fresh = _load_cell(
+            da_ptr,
+            a_ptr,
+            db_ptr,
+            b_ptr,
+            dc_ptr,
+            c_ptr,
+            p_x,
+            o_q,
+            o_k,
+            tl.where(i_r + 1 < end, i_r + 1, rows + HALO + 1),
+            column,
+            q_left,
+            k_left,
+            H,
+            W,
+            OH,
+            OW,
+            stride_xh,
+            stride_xw,
+            m_d,
+            APART,
+            CELL,
+            HALO,
+            AFTER,
+            WIDE,
+            K_WIDE,
+            D,
+            HAS_V,
+            MOMENTS,
+        )
         for y in tl.static_range(CELL):
             for x in tl.static_range(CELL):
                 row = i_r * CELL + y
                 mask = within(row, column + x, H, W)[:, None] & m_d[None, :]
-                z = tl.load(p_x + (row * stride_xh + x * stride_xw), mask=mask, other=0.0)
-                z = z.to(tl.float32)
+                z = pixels[y * CELL + x].to(tl.float32)
                 if NORM:
                     unit, rstd = normalise(z, m_d, eps, D)
                     z = tl.where(mask, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
@@ -392,7 +494,7 @@ def project_backward(
     launch = launches.find("conv_attention_project_bwd", x, launches.width_class(width))
     rows, columns = strided(height, kv_stride), strided(breadth, kv_stride)
     cell = cell_size(kv_stride)
-    cells = walk(batch, height, breadth, cell, launch.pop("ROWS"))
+    cells = walk(x, cell, launch["BLOCK_T"], launch.pop("ROWS"))
     grid = cells.grid(launch["BLOCK_T"])
     sums = [t for t in (dq, dk, dv, *dnorm) if t.numel()]
     parts = q.new_empty(grid[0] * grid[1], sum(t.numel() for t in sums))

@@ -53,12 +53,13 @@ def conv_attention(
     kernel: int = 3,
     values: bool = True,
     norm: bool = True,
+    memory_format: torch.memory_format = torch.contiguous_format,
     **options: Any,
 ) -> tuple[Call, list[Tensor]]:
     """Return a call of the attention block, and its differentiable inputs."""
     dim, width = shape[1], heads * head_dim
     count = 3 if values else 2
-    inputs = [torch.randn(shape), torch.randn(shape)]
+    inputs = [torch.randn(shape).to(memory_format=memory_format) for _ in range(2)]
     for _ in range(count):
         filters = torch.randn(dim, 1, kernel, kernel) / kernel
         inputs += [filters, torch.rand(dim) + 0.5, torch.randn(dim) / 2]
@@ -92,12 +93,14 @@ def mlp_block(
     shape: tuple[int, ...] = (2, 16, 7, 9),
     hidden: int = 24,
     averaged: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
     **options: Any,
 ) -> tuple[Call, list[Tensor]]:
     """Return a call of the MLP block, maybe averaged over tokens, and its differentiable inputs."""
     dim = shape[1]
     shapes = [shape, (dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
     inputs = [torch.randn(s) / (s[1] ** 0.5 if len(s) == 2 else 1) for s in shapes]
+    inputs[0] = inputs[0].to(memory_format=memory_format)
 
     def call(*t: Tensor) -> list[Tensor]:
         y = ops.mlp_block(*t, **options)
@@ -134,7 +137,10 @@ CALLS: dict[str, Callable[..., tuple[Call, list[Tensor]]]] = {
 }
 
 _IMAGES = {"fields": 10, "kernel": 7}
-_TOKENS = {"shape": (2, 32, 61, 61), "head_dim": 64, "values": False}
+# Tokens are channels last between the model's layers, and any way in other calls.
+_LAST = {"memory_format": torch.channels_last}
+_TOKENS = {"shape": (2, 32, 61, 61), "head_dim": 64, "values": False, **_LAST}
+_MLP = {"shape": (2, 32, 61, 61), "hidden": 64, **_LAST}
 # The model's shapes first, then odd ones: what a tile leaves over, and of every shape class the
 # largest, so that no tuned tile is too large for another member.
 CHECKED: dict[str, dict[str, dict[str, Any]]] = {
@@ -159,17 +165,17 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
     "conv_attention": {
         "model": _TOKENS,
         "small": {},
-        "64 channels": {"shape": (1, 64, 14, 19), "head_dim": 64},
+        "64 channels": {"shape": (1, 64, 14, 19), "head_dim": 64, **_LAST},
         "5x5": {"shape": (1, 20, 8, 9), "head_dim": 32, "kernel": 5},
-        "128 channels": {"shape": (1, 128, 11, 13), "head_dim": 128, "heads": 2},
+        "128 channels": {"shape": (1, 128, 11, 13), "head_dim": 128, "heads": 2, **_LAST},
         "two keys": {"shape": (3, 18, 3, 2), "heads": 1, "head_dim": 32},
         "normalised": {"shape": (2, 20, 9, 7), "norm": False},
         "wider than the heads": {"shape": (2, 64, 9, 7), "head_dim": 32},
         "eight heads": {"shape": (2, 32, 11, 9), "heads": 8, "head_dim": 32},
     },
     "mlp_block": {
-        "model": {"shape": (2, 32, 61, 61), "hidden": 64},
-        "model, averaged": {"shape": (2, 32, 61, 61), "hidden": 64, "averaged": True},
+        "model": _MLP,
+        "model, averaged": {**_MLP, "averaged": True},
         "small": {},
         "32 channels": {"shape": (1, 32, 9, 5), "hidden": 256},
         "64 channels": {"shape": (1, 64, 13, 5), "hidden": 256},
@@ -203,7 +209,7 @@ TIMED: dict[str, list[tuple[dict[str, Any], bool]]] = {
         ({"shape": (128, 3, 129, 129), **_IMAGES}, True),
     ],
     "conv_attention": [({**_TOKENS, "shape": (128, 32, 61, 61), "dropout": 0.1}, True)],
-    "mlp_block": [({"shape": (128, 32, 61, 61), "hidden": 64, "dropout": 0.1}, True)],
+    "mlp_block": [({**_MLP, "shape": (128, 32, 61, 61), "dropout": 0.1}, True)],
     "token_embed": [({"shape": (128, 10, 121, 121), "dim": 32}, True)],
 }
 
