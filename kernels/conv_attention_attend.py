@@ -96,6 +96,38 @@ def latent_queries(
 
 
 @triton.jit
+def same_for_all(value, scratch_ptr):
+    """Return the one number of ``value`` [1] after a way to memory and back.
+
+    The assembler then knows that all threads branch alike on it: else it keeps the counters of the
+    loops of both branches in each thread.
+    """
+    tl.store(scratch_ptr + tl.arange(0, 1), value)
+    tl.debug_barrier()
+    return tl.load(scratch_ptr)
+
+
+@triton.jit
+def bounded(q, reach, bound_ptr):
+    """Whether all scores of queries times log2(e) with keys of norms up to ``reach`` are small.
+
+    False where their bound is infinite, or NaN.
+    """
+    wide = q.to(tl.float32)
+    square = tl.sum(wide * wide, 1)
+    square = tl.where(square == square, square, float("inf"))
+    most = tl.max(square[:, None], 0)
+    return same_for_all(tl.sqrt(most) * reach, bound_ptr) < SAFE_EXPONENT
+
+
+@triton.jit
+def largest_norm(reach_ptr, i_b, REACHES: tl.constexpr, BLOCK_REACHES: tl.constexpr):
+    """Return the largest norm of an image's keys."""
+    o_r = tl.arange(0, BLOCK_REACHES)
+    return tl.max(tl.load(reach_ptr + i_b * REACHES + o_r, mask=o_r < REACHES, other=0.0), 0)
+
+
+@triton.jit
 def _attend_keys(
     acc,
     total,
@@ -275,10 +307,8 @@ def _conv_attention_attend_fwd_kernel(
 
     The running maximum is left out where ``|q| max|b'|`` shows that no score can leave +-60 in
     powers of two: exponentials and their sum then stay in fp32's range as they are. fp16 keeps the
-    maximum, its probabilities would not fit. ``bound`` ``[programs, h]`` takes that product to
-    memory and back, for the assembler to know that all threads branch alike: else it keeps the
-    counters of both loops in each thread. Statistics and accumulators are fp32, summed in the
-    order of the keys.
+    maximum, its probabilities would not fit. Statistics and accumulators are fp32, summed in the
+    order of the keys. ``bound`` is ``[programs, h]``, see :func:`bounded`.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -298,9 +328,7 @@ def _conv_attention_attend_fwd_kernel(
     shift = tl.load(shift_ptr + o_d, mask=m_d, other=0.0)
     a = tl.load(a_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     a = (a * scale[None, :] + shift[None, :]).to(dtype)  # [BLOCK_N, BLOCK_D]
-    o_r = tl.arange(0, BLOCK_REACHES)
-    reach = tl.load(reach_ptr + i_b * REACHES + o_r, mask=o_r < REACHES, other=0.0)
-    reach = tl.max(reach, 0)
+    reach = largest_norm(reach_ptr, i_b, REACHES, BLOCK_REACHES)
     bound_ptr += tl.program_id(0) * HEADS
 
     t = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -309,14 +337,7 @@ def _conv_attention_attend_fwd_kernel(
     for h in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         q = latent_queries(a, wq_ptr, bq_ptr, h, D, BLOCK_D, PRECISION)
         if MAY_BOUND:
-            wide = q.to(tl.float32)
-            square = tl.sum(wide * wide, 1)
-            square = tl.where(square == square, square, float("inf"))
-            most = tl.max(square[:, None], 0)
-            tl.store(bound_ptr + h + tl.arange(0, 1), tl.sqrt(most) * reach)
-            tl.debug_barrier()
-            # False where it is infinite, or NaN.
-            if tl.load(bound_ptr + h) < SAFE_EXPONENT:
+            if bounded(q, reach, bound_ptr + h):
                 o, lse = _attend_row(
                     q,
                     k_ptr,

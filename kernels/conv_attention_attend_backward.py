@@ -25,8 +25,16 @@ from torch import Tensor
 
 from . import dropout as dropout_mask
 from . import launches
-from .common import cdiv, padded, precision
-from .conv_attention_attend import LN2, LOG2E, head_weight, latent_queries, step
+from .common import cdiv, padded, power_of_2, precision
+from .conv_attention_attend import (
+    LN2,
+    LOG2E,
+    bounded,
+    head_weight,
+    largest_norm,
+    latent_queries,
+    step,
+)
 from .conv_attention_key_gradients import key_gradients
 from .conv_attention_keys import normalised_keys, tail
 from .conv_attention_weights import weight_gradients
@@ -51,13 +59,15 @@ def _query_gradient(
     MASKED: tl.constexpr,
     ALONE: tl.constexpr,
     SUMMED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what one tile of keys gives to the gradient of one tile of queries.
 
     A tile that is ALONE has all keys and makes ``delta`` itself: of few keys each has a large
     probability, and the rounding of the saved ``o`` would be seen. SUMMED: ``total`` grows by the
-    probabilities. Per score: three products of D, one exponential and four operations.
+    probabilities. BOUNDED: ``do`` and ``delta`` are divided by the exponentials' sum, which these
+    then need not be. Per score: three products of D, one exponential and three or four operations.
     """
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -67,7 +77,7 @@ def _query_gradient(
     k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    p = tl.exp2(s - lse2[:, None])
+    p = tl.exp2(s if BOUNDED else s - lse2[:, None])
     if MASKED:
         p = tl.where((o_m < M)[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -81,11 +91,87 @@ def _query_gradient(
 
 
 @triton.jit
+def _query_gradients(
+    q,
+    do,
+    lse2,
+    delta,
+    k_ptr,
+    v_ptr,
+    M,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SHARED: tl.constexpr,
+    EXACT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Walk over all keys of an image; return ``dq``, ``delta`` and the sum of the probabilities."""
+    dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    whole = M // BLOCK_M * BLOCK_M
+    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D)
+    if WHOLE:
+        tl.assume(whole > 0)
+        for first in tl.range(0, whole, BLOCK_M):
+            for inner in tl.static_range(0, BLOCK_M, STEP):
+                dq, delta, total = _query_gradient(
+                    dq,
+                    q,
+                    do,
+                    lse2,
+                    delta,
+                    total,
+                    k_ptr,
+                    v_ptr,
+                    first + inner,
+                    M,
+                    D,
+                    BLOCK_D,
+                    STEP,
+                    SHARED,
+                    False,
+                    False,
+                    EXACT,
+                    BOUNDED,
+                    PRECISION,
+                )
+    if TAIL_M > 0:
+        dq, delta, total = _query_gradient(
+            dq,
+            q,
+            do,
+            lse2,
+            delta,
+            total,
+            k_ptr,
+            v_ptr,
+            whole,
+            M,
+            D,
+            BLOCK_D,
+            TAIL_M,
+            SHARED,
+            True,
+            not WHOLE,
+            EXACT or not WHOLE,
+            BOUNDED,
+            PRECISION,
+        )
+    return dq, delta, total
+
+
+@triton.jit
 def _conv_attention_attend_bwd_queries_kernel(
     dy_ptr,
     a_ptr,
     k_ptr,
     v_ptr,
+    reach_ptr,
     scale_ptr,
     shift_ptr,
     wq_ptr,
@@ -94,10 +180,12 @@ def _conv_attention_attend_bwd_queries_kernel(
     seed_ptr,
     o_ptr,
     lse_ptr,
+    bound_ptr,
     q_ptr,
     do_ptr,
     lse2_ptr,
     delta_ptr,
+    loose_ptr,
     dq_ptr,
     threshold,
     factor,
@@ -111,8 +199,11 @@ def _conv_attention_attend_bwd_queries_kernel(
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
     WHOLE: tl.constexpr,
+    REACHES: tl.constexpr,
+    BLOCK_REACHES: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    MAY_BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write ``dq``, and what the next kernel needs: ``q``, ``do``, ``lse2`` and ``delta``.
@@ -126,7 +217,10 @@ def _conv_attention_attend_bwd_queries_kernel(
 
     The last four have ROWS queries, whole tiles of both kernels; those beyond N count for nothing.
     ``q`` and ``lse2`` are in units of log 2, and ``delta`` is times ln 2, so that the next kernel
-    makes of them, in no more operations, the gradient for this ``q``. Per score: 6 D operations on
+    makes of them, in no more operations, the gradient for this ``q``. Where no score can be large,
+    as in the forward pass, ``do`` and ``delta`` are divided by the sum of the exponentials, in
+    place of all of these, and ``lse2`` is 0; ``loose`` is 1 where not, for each tile and head.
+    Per score: 6 D operations on
     the tensor cores and one exponential; 0.33 ms and 0.38 ms for 1.37e9 scores at D = 32 (batch
     128, H100). Bytes: 2 D numbers per query (dy, a) and 4 D per query and head
     (o; q, do, dq). Accumulates in fp32, keys in order.
@@ -153,8 +247,9 @@ def _conv_attention_attend_bwd_queries_kernel(
             tl.load(seed_ptr), i_b * N + o_n, threshold, factor, 0, D, BLOCK_D, 0
         )
         t = (t.to(tl.float32) * keep).to(dtype)
-    whole = M // BLOCK_M * BLOCK_M
-    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D)
+    reach = largest_norm(reach_ptr, i_b, REACHES, BLOCK_REACHES)
+    bound_ptr += tl.program_id(0) * HEADS
+    loose_ptr += tl.program_id(0) * HEADS
     # The log-sum-exp is rounded, and probabilities add up to one but for that. In fp32 it is seen,
     # so they are added up once more, and what the next kernel multiplies them with is divided.
     EXACT: tl.constexpr = dtype == tl.float32
@@ -164,64 +259,85 @@ def _conv_attention_attend_bwd_queries_kernel(
         rows = (i_b * HEADS + h) * ROWS
         q = latent_queries(a, wq_ptr, bq_ptr, h, D, BLOCK_D, PRECISION)
         tl.store(q_ptr + rows * D + offsets, q, mask=m_d[None, :])
+        # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
+        lse = tl.load(lse_ptr + (i_b * HEADS + h) * N + o_n, mask=m_n, other=float("inf"))
+        lse2 = lse * LOG2E
         wo = head_weight(wo_ptr, h, D, BLOCK_D).to(dtype)
-        do = tl.dot(t, tl.trans(wo), input_precision=PRECISION).to(dtype)
+        wide_do = tl.dot(t, tl.trans(wo), input_precision=PRECISION)
+        small = False
+        if MAY_BOUND:
+            small = bounded(q, reach, bound_ptr + h)
+            tl.store(loose_ptr + h, tl.where(small, 0.0, 1.0))
+            wide_do *= tl.where(small, tl.exp2(-lse2), 1.0)[:, None]
+            tl.store(lse2_ptr + rows + o_n, tl.where(small, 0.0, lse2))
+        else:
+            tl.store(lse2_ptr + rows + o_n, lse2)
+        do = wide_do.to(dtype)
         if not EXACT:
             tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
-        total = tl.zeros([BLOCK_N], tl.float32)
         delta = tl.zeros([BLOCK_N], tl.float32)
         if WHOLE:
             o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
-        lse = tl.load(lse_ptr + (i_b * HEADS + h) * N + o_n, mask=m_n, other=float("inf"))
-        lse2 = lse * LOG2E
-        tl.store(lse2_ptr + rows + o_n, lse2)
-
-        dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        if WHOLE:
-            tl.assume(whole > 0)
-            for first in tl.range(0, whole, BLOCK_M):
-                for inner in tl.static_range(0, BLOCK_M, STEP):
-                    dq, delta, total = _query_gradient(
-                        dq,
-                        q,
-                        do,
-                        lse2,
-                        delta,
-                        total,
-                        k_ptr,
-                        v_ptr,
-                        first + inner,
-                        M,
-                        D,
-                        BLOCK_D,
-                        STEP,
-                        SHARED,
-                        False,
-                        False,
-                        EXACT,
-                        PRECISION,
-                    )
-        if TAIL_M > 0:
-            dq, delta, total = _query_gradient(
-                dq,
+        if MAY_BOUND:
+            if small:
+                dq, delta, total = _query_gradients(
+                    q,
+                    do,
+                    lse2,
+                    delta,
+                    k_ptr,
+                    v_ptr,
+                    M,
+                    D,
+                    BLOCK_D,
+                    BLOCK_N,
+                    BLOCK_M,
+                    TAIL_M,
+                    WHOLE,
+                    SHARED,
+                    EXACT,
+                    True,
+                    PRECISION,
+                )
+            else:
+                dq, delta, total = _query_gradients(
+                    q,
+                    do,
+                    lse2,
+                    delta,
+                    k_ptr,
+                    v_ptr,
+                    M,
+                    D,
+                    BLOCK_D,
+                    BLOCK_N,
+                    BLOCK_M,
+                    TAIL_M,
+                    WHOLE,
+                    SHARED,
+                    EXACT,
+                    False,
+                    PRECISION,
+                )
+        else:
+            dq, delta, total = _query_gradients(
                 q,
                 do,
                 lse2,
                 delta,
-                total,
                 k_ptr,
                 v_ptr,
-                whole,
                 M,
                 D,
                 BLOCK_D,
+                BLOCK_N,
+                BLOCK_M,
                 TAIL_M,
+                WHOLE,
                 SHARED,
-                True,
-                not WHOLE,
-                EXACT or not WHOLE,
+                EXACT,
+                False,
                 PRECISION,
             )
         if EXACT:
@@ -271,7 +387,7 @@ def attend_backward(
             *(torch.zeros_like(t) for t in (scale, shift, wq, bq, wo, bo)),
         )
     c = None if c is None else c.contiguous()
-    k, _ = normalised_keys(b, scale[1], shift[1])
+    k, reach = normalised_keys(b, scale[1], shift[1])
     v = k if c is None else normalised_keys(c, scale[2], shift[2])[0]
     shape = launches.width_class(width)
     own, following = (
@@ -283,11 +399,16 @@ def attend_backward(
     q, do = a.new_empty(2, batch, heads, rows, width)
     lse2, delta = lse.new_empty(2, batch, heads, rows)
     dq = torch.empty_like(o)
-    _conv_attention_attend_bwd_queries_kernel[(batch * rows // own["BLOCK_N"],)](
+    programs = batch * rows // own["BLOCK_N"]
+    bound, loose = scale.new_empty(2, programs, heads)
+    # A tile that is alone divides its probabilities itself.
+    may = a.dtype == torch.bfloat16 and keys >= own["BLOCK_M"] and width <= 64
+    _conv_attention_attend_bwd_queries_kernel[(programs,)](
         dy,
         a,
         k,
         v,
+        reach,
         scale,
         shift,
         wq,
@@ -296,10 +417,12 @@ def attend_backward(
         seed,
         o,
         lse,
+        bound,
         q,
         do,
         lse2,
         delta,
+        loose,
         dq,
         *dropout_mask.arguments(dropout),
         queries,
@@ -311,12 +434,18 @@ def attend_backward(
         BLOCK_D=padded(width),
         SHARED=c is None,
         WHOLE=keys >= own["BLOCK_M"],
+        REACHES=reach.shape[1],
+        BLOCK_REACHES=power_of_2(reach.shape[1]),
         HAS_DROPOUT=dropout > 0,
+        MAY_BOUND=may,
+        # What four warps to a scheduler leave each thread; the assembler would take three more.
+        maxnreg=128 if width <= 32 and a.dtype != torch.float32 else None,
         PRECISION=precision(),
         **own,
     )
     dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
-    db, dc = key_gradients(b, c, k, v, scale, q, do, lse2, delta, dscale, dshift)
+    loose = loose.view(batch, -1) if may else None
+    db, dc = key_gradients(b, c, k, v, scale, q, do, lse2, delta, loose, dscale, dshift)
     da, dwq, dbq, dwo, dbo = weight_gradients(
         dy, a, scale, shift, wq, bo, seed, o, dq, dscale[0], dshift[0], dropout=dropout
     )

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import cdiv, padded, precision, sum_rows
-from .conv_attention_attend import LN2
+from .common import cdiv, padded, power_of_2, precision, sum_rows
+from .conv_attention_attend import LN2, same_for_all
 
 
 @triton.jit
@@ -20,6 +20,60 @@ def _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM: tl.constexpr, PRECISION: t
     else:
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit
+def _key_gradients(
+    k,
+    v,
+    k1,
+    v1,
+    q_ptr,
+    do_ptr,
+    lse2_ptr,
+    delta_ptr,
+    ROWS,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAIR: tl.constexpr,
+    ONE_SUM: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Walk over all queries; return the gradients of keys and values, and of a pair's second.
+
+    BOUNDED: exponentials are what they are, since ``do`` and ``delta`` are divided by their sum.
+    """
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < D)[None, :]
+    o_q = o_n[:, None] * D + o_d[None, :]
+    dk = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
+    dv = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
+    dk1 = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
+    dv1 = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
+    tl.assume(ROWS > 0)
+    for row in tl.range(0, ROWS, BLOCK_N):
+        q = tl.load(q_ptr + row * D + o_q, mask=m_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+        do = tl.load(do_ptr + row * D + o_q, mask=m_d, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [HALF, BLOCK_N]
+        if not BOUNDED:
+            lse2 = tl.load(lse2_ptr + row + o_n)[None, :]
+            s -= lse2
+        if PAIR:
+            s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        p = tl.exp2(s)
+        delta = tl.load(delta_ptr + row + o_n)[None, :]
+        ds = p * (dp * LN2 - delta)
+        dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM, PRECISION)
+        if PAIR:
+            dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
+            p1 = tl.exp2(s1 if BOUNDED else s1 - lse2)
+            ds1 = p1 * (dp1 * LN2 - delta)
+            dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ONE_SUM, PRECISION)
+    return dk, dv, dk1, dv1
 
 
 @triton.jit
@@ -47,6 +101,8 @@ def _conv_attention_attend_bwd_keys_kernel(
     do_ptr,
     lse2_ptr,
     delta_ptr,
+    loose_ptr,
+    largest_ptr,
     db_ptr,
     dc_ptr,
     parts_ptr,
@@ -56,8 +112,11 @@ def _conv_attention_attend_bwd_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     PAIR: tl.constexpr,
     SHARED: tl.constexpr,
+    MAY_BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write ``db`` and ``dc``, and this program's share of their scales' and shifts' gradients.
@@ -85,7 +144,6 @@ def _conv_attention_attend_bwd_keys_kernel(
     blocks = tl.cdiv(M, BLOCK_M)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, HALF)
-    o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
     mask = (o_m < M)[:, None] & m_d
@@ -94,37 +152,58 @@ def _conv_attention_attend_bwd_keys_kernel(
     v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
     mask1 = (o_m + HALF < M)[:, None] & m_d
     offsets1 = offsets + HALF * D
+    k1, v1 = k, v
     if PAIR:
         k1 = tl.load(k_ptr + offsets1, mask=mask1, other=0.0)
         v1 = k1 if SHARED else tl.load(v_ptr + offsets1, mask=mask1, other=0.0)
-    o_q = o_n[:, None] * D + o_d[None, :]
     q_ptr += i_b * ROWS * D
     do_ptr += i_b * ROWS * D
     lse2_ptr += i_b * ROWS
     delta_ptr += i_b * ROWS
 
-    dk = tl.zeros([HALF, BLOCK_D], tl.float32)
-    dv = tl.zeros([HALF, BLOCK_D], tl.float32)
-    dk1 = tl.zeros([HALF, BLOCK_D], tl.float32)
-    dv1 = tl.zeros([HALF, BLOCK_D], tl.float32)
-    tl.assume(ROWS > 0)
-    for row in tl.range(0, ROWS, BLOCK_N):
-        q = tl.load(q_ptr + row * D + o_q, mask=m_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        do = tl.load(do_ptr + row * D + o_q, mask=m_d, other=0.0)
-        lse2 = tl.load(lse2_ptr + row + o_n)[None, :]
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) - lse2  # [HALF, BLOCK_N]
-        if PAIR:
-            s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p = tl.exp2(s)
-        delta = tl.load(delta_ptr + row + o_n)[None, :]
-        ds = p * (dp * LN2 - delta)
-        dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM, PRECISION)
-        if PAIR:
-            dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
-            p1 = tl.exp2(s1 - lse2)
-            ds1 = p1 * (dp1 * LN2 - delta)
-            dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ONE_SUM, PRECISION)
+    small = False
+    if MAY_BOUND:
+        o_t = tl.arange(0, BLOCK_TILES)
+        loose = tl.load(loose_ptr + i_b * TILES + o_t, mask=o_t < TILES, other=0.0)
+        small = same_for_all(tl.max(loose[:, None], 0), largest_ptr + tl.program_id(0)) == 0
+    if small:
+        dk, dv, dk1, dv1 = _key_gradients(
+            k,
+            v,
+            k1,
+            v1,
+            q_ptr,
+            do_ptr,
+            lse2_ptr,
+            delta_ptr,
+            ROWS,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            PAIR,
+            ONE_SUM,
+            True,
+            PRECISION,
+        )
+    else:
+        dk, dv, dk1, dv1 = _key_gradients(
+            k,
+            v,
+            k1,
+            v1,
+            q_ptr,
+            do_ptr,
+            lse2_ptr,
+            delta_ptr,
+            ROWS,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            PAIR,
+            ONE_SUM,
+            False,
+            PRECISION,
+        )
 
     if SHARED and PAIR:
         dk += dv
@@ -155,6 +234,7 @@ def key_gradients(
     do: Tensor,
     lse2: Tensor,
     delta: Tensor,
+    loose: Tensor | None,
     dscale: Tensor,
     dshift: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -166,6 +246,7 @@ def key_gradients(
         scale: ``[P, D]``, of queries, keys and, if there are, values.
         q: ``[B, h, rows, D]``, whole tiles of queries, as ``do``; ``lse2`` and ``delta`` are
             ``[B, h, rows]``.
+        loose: ``[B, tiles]``, not 0 where ``lse2`` is to be subtracted; None where always.
         dscale, dshift: those of the keys and values, from row 1 on, are written in place.
     """
     batch, keys, width = b.shape
@@ -174,6 +255,7 @@ def key_gradients(
     # Hopper's matrix unit needs 16 rows for each warp.
     pair = launch["BLOCK_M"] >= 32 * launch["num_warps"]
     parts = scale.new_empty(count * (1 + pair), (2 if c is None else 4) * width)
+    tiles = 1 if loose is None else loose.shape[1]
     db = torch.empty_like(b)
     dc = b.new_empty(0) if c is None else torch.empty_like(b)
     _conv_attention_attend_bwd_keys_kernel[(count,)](
@@ -186,6 +268,8 @@ def key_gradients(
         do,
         lse2,
         delta,
+        delta if loose is None else loose,
+        scale.new_empty(count),
         db,
         dc,
         parts,
@@ -193,8 +277,11 @@ def key_gradients(
         keys,
         D=width,
         BLOCK_D=padded(width),
+        TILES=tiles,
+        BLOCK_TILES=power_of_2(tiles),
         PAIR=pair,
         SHARED=c is None,
+        MAY_BOUND=loose is not None,
         PRECISION=precision(),
         **launch,
     )
