@@ -55,15 +55,19 @@ def _exp2_by_products(x):
 
 
 @triton.jit
-def _exp2_by_both(x):
-    """Return 2 ** x of bounded scores for probabilities in bfloat16, in which 7.5e-5 is not seen.
+def bounded_exp2(x, PRODUCTS: tl.constexpr):
+    """Return 2 ** x of bounded scores; with PRODUCTS in part within 7.5e-5, which bf16 hides.
 
-    Exponentials have one unit to 32 of those that multiply, and it decides how long a tile takes:
-    every fourth 8 columns leave it alone. A matrix unit's results lie 8 columns apart, so which
-    of a thread's numbers those are is known when it is compiled.
+    Exponentials have one unit to eight of those that multiply, and it decides how long a tile
+    takes: of so many times 8 columns, 8 leave it alone. A matrix unit's results lie 8 columns
+    apart, so which of a thread's numbers those are is known when it is compiled.
     """
-    column = tl.arange(0, x.shape[1])
-    return tl.where((column // 8 % 4 == 3)[None, :], _exp2_by_products(x), tl.exp2(x))
+    if PRODUCTS > 0:
+        column = tl.arange(0, x.shape[1]) // 8 % PRODUCTS
+        y = tl.where((column == PRODUCTS - 1)[None, :], _exp2_by_products(x), tl.exp2(x))
+    else:
+        y = tl.exp2(x)
+    return y
 
 
 @triton.jit
@@ -128,12 +132,30 @@ def largest_norm(reach_ptr, i_b, REACHES: tl.constexpr, BLOCK_REACHES: tl.conste
 
 
 @triton.jit
+def load_keys(
+    k_ptr,
+    first,
+    M,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Load a tile of keys or values [BLOCK_M, BLOCK_D]; MASKED: it may reach beyond the last."""
+    o_m = first + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < D)[None, :]
+    mask = (o_m < M)[:, None] & m_d if MASKED else m_d
+    return tl.load(k_ptr + (o_m[:, None] * D + o_d[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def _attend_keys(
     acc,
     total,
     top,
-    q,
-    k_ptr,
+    s,
+    k,
     v_ptr,
     first,
     M,
@@ -143,27 +165,19 @@ def _attend_keys(
     SHARED: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one tile of keys to the running sums of one tile of queries.
+    """Add one tile of keys, with their scores, to the running sums of one tile of queries.
 
     Per score: two products of D, one exponential and one addition; if not BOUNDED also one for the
     running maximum and one to subtract it, and a product per channel and tile. ``total`` has the
     columns that a matrix unit gives to different threads: they exchange their sums at the end.
     """
-    o_m = first + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < D)[None, :]
-    mask = (o_m < M)[:, None] & m_d if MASKED else m_d
-    offsets = o_m[:, None] * D + o_d[None, :]
-    k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if MASKED:
-        s = tl.where((o_m < M)[None, :], s, float("-inf"))
-    if BOUNDED and not MASKED and q.dtype == tl.bfloat16:
-        p = _exp2_by_both(s)
-    elif BOUNDED:
-        p = tl.exp2(s)
+        s = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], s, float("-inf"))
+    if BOUNDED:
+        p = bounded_exp2(s, 0 if MASKED else PRODUCTS)
     else:
         above = tl.maximum(top, tl.max(s, 1))
         fade = tl.exp2(top - above)
@@ -173,7 +187,7 @@ def _attend_keys(
         top = above
     COLUMNS: tl.constexpr = total.shape[1]
     total += tl.sum(tl.reshape(p, [total.shape[0], BLOCK_M // COLUMNS, COLUMNS]), 1)
-    v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
+    v = k if SHARED else load_keys(v_ptr, first, M, D, BLOCK_D, BLOCK_M, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, top
 
@@ -192,12 +206,15 @@ def _attend_row(
     WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Walk over all keys of an image; return the attended values and the log-sum-exp.
 
     BLOCK_M keys are fetched at a time, and multiplied in tiles of STEP: what a fetch costs beside
     its bytes (two barriers, a fence, some 40 instructions of a thread) is then shared by the tiles.
+    A tile's scores are asked for before the exponentials of the one before, and come meanwhile.
     """
     # A matrix unit's results lie 8 columns apart; products of float32 itself lie otherwise.
     COLUMNS: tl.constexpr = 1 if q.dtype == tl.float32 and PRECISION == "ieee" else 8
@@ -211,13 +228,22 @@ def _attend_row(
         # A loop that may be left out has the assembler wait for each product before the next.
         tl.assume(whole > 0)
         for first in tl.range(0, whole, BLOCK_M):
+            k = load_keys(k_ptr, first, M, D, BLOCK_D, STEP, False)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, STEP]
             for inner in tl.static_range(0, BLOCK_M, STEP):
+                if not AHEAD and inner > 0:
+                    k = load_keys(k_ptr, first + inner, M, D, BLOCK_D, STEP, False)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                k_now, s_now = k, s
+                if AHEAD and inner + STEP < BLOCK_M:
+                    k = load_keys(k_ptr, first + inner + STEP, M, D, BLOCK_D, STEP, False)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 acc, total, top = _attend_keys(
                     acc,
                     total,
                     top,
-                    q,
-                    k_ptr,
+                    s_now,
+                    k_now,
                     v_ptr,
                     first + inner,
                     M,
@@ -227,15 +253,18 @@ def _attend_row(
                     SHARED,
                     False,
                     BOUNDED,
+                    PRODUCTS,
                     PRECISION,
                 )
     if TAIL_M > 0:
+        k = load_keys(k_ptr, whole, M, D, BLOCK_D, TAIL_M, True)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         acc, total, top = _attend_keys(
             acc,
             total,
             top,
-            q,
-            k_ptr,
+            s,
+            k,
             v_ptr,
             whole,
             M,
@@ -245,6 +274,7 @@ def _attend_row(
             SHARED,
             True,
             BOUNDED,
+            PRODUCTS,
             PRECISION,
         )
     total = tl.sum(total, 1)
@@ -281,6 +311,8 @@ def _conv_attention_attend_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     TAIL_M: tl.constexpr,
     WHOLE: tl.constexpr,
     REACHES: tl.constexpr,
@@ -351,6 +383,8 @@ def _conv_attention_attend_fwd_kernel(
                     WHOLE,
                     SHARED,
                     True,
+                    AHEAD,
+                    PRODUCTS,
                     PRECISION,
                 )
             else:
@@ -367,6 +401,8 @@ def _conv_attention_attend_fwd_kernel(
                     WHOLE,
                     SHARED,
                     False,
+                    AHEAD,
+                    PRODUCTS,
                     PRECISION,
                 )
         else:
@@ -383,6 +419,8 @@ def _conv_attention_attend_fwd_kernel(
                 WHOLE,
                 SHARED,
                 False,
+                AHEAD,
+                PRODUCTS,
                 PRECISION,
             )
         o = o.to(dtype)
@@ -407,6 +445,19 @@ def _conv_attention_attend_fwd_kernel(
 def may_bound(dtype: torch.dtype) -> bool:
     """Return whether exponentials may do without the running maximum; those of fp16 may not."""
     return dtype != torch.float16
+
+
+def coarse(dtype: torch.dtype) -> bool:
+    """Return whether a dtype hides relative errors of 1e-4 and has the range of fp32."""
+    return dtype == torch.bfloat16
+
+
+def registers(width: int, dtype: torch.dtype) -> int | None:
+    """Return the registers of a thread that leave room for four warps on each scheduler.
+
+    The assembler takes a few more in the narrow kernels, without need; wide ones want them.
+    """
+    return 128 if width <= 32 and dtype != torch.float32 else None
 
 
 def attend(
@@ -458,6 +509,7 @@ def attend(
     residual = residual if residual is None else residual.contiguous()
     block = padded(width)
     launch = launches.find("conv_attention_attend_fwd", a, launches.width_class(width))
+    launch["PRODUCTS"] *= coarse(a.dtype)
     programs = batch * cdiv(queries, launch["BLOCK_N"])
     _conv_attention_attend_fwd_kernel[(programs,)](
         a,
@@ -492,6 +544,7 @@ def attend(
         SAVE=save,
         MAY_BOUND=may_bound(a.dtype),
         PRECISION=precision(),
+        maxnreg=registers(width, a.dtype),
         **launch,
     )
     return y, o, lse
