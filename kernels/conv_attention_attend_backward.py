@@ -235,10 +235,10 @@ def _conv_attention_attend_bwd_queries_kernel(
     makes of them, in no more operations, the gradient for this ``q``. Where no score can be large,
     as in the forward pass, ``do`` and ``delta`` are divided by the sum of the exponentials, in
     place of all of these, and ``lse2`` is 0; ``loose`` is 1 where not, for each tile and head.
-    Per score: 6 D operations on
-    the tensor cores and one exponential; 0.33 ms and 0.38 ms for 1.37e9 scores at D = 32 (batch
-    128, H100). Bytes: 2 D numbers per query (dy, a) and 4 D per query and head
-    (o; q, do, dq). Accumulates in fp32, keys in order.
+
+    Per score: 6 D operations on the tensor cores and one exponential; 0.33 ms and 0.38 ms for
+    1.37e9 scores at D = 32 (batch 128, H100). Bytes: 2 D numbers per query (dy, a) and 4 D per
+    query and head (o; q, do, dq). Accumulates in fp32, keys in order.
     """
     tiles = ROWS // BLOCK_N
     i_b = (tl.program_id(0) // tiles).to(tl.int64)

@@ -138,9 +138,10 @@ def _conv_attention_attend_bwd_keys_kernel(
     are then apart from keys', a product that adds to another's sum would wait for it.
 
     Per score: 8 D operations on the tensor cores and one exponential; 0.44 ms and 0.38 ms for
-    1.37e9 scores at D = 32 (batch 128, H100). Bytes from L2: 4 D + 8 per query and tile of keys.
-    Accumulates in fp32, queries in order. ``parts`` is ``[programs and halves, 2 or 4, D]``: dscale
-    and dshift of keys, then of values.
+    1.37e9 scores at D = 32 (batch 128, H100). Bytes from L2: 4 D + 4 per query and tile of keys, 4
+    more where an image has scores that may be large. Accumulates in fp32, queries in order.
+    ``parts`` is ``[programs and halves, 2 or 4, D]``: dscale and dshift of keys, then of values;
+    ``largest`` ``[programs]`` is of :func:`same_for_all`.
     """
     HALVES: tl.constexpr = 2 if PAIR else 1
     HALF: tl.constexpr = BLOCK_M // HALVES

@@ -157,7 +157,7 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
             "masked": False,
             "pool": False,
         },
-        "strided": {"shape": (48, 4, 33, 30), "stride": 2, "blur_stride": 2, "padding": 0},
+        "strided": {"shape": (192, 4, 33, 30), "stride": 2, "blur_stride": 2, "padding": 0},
         "wide filters": {"shape": (16, 4, 25, 21), "kernel": 11, "padding": 3, "sigma": None},
         "wide image": {"shape": (4, 3, 14, 290), **_IMAGES},
         "large group": {"shape": (16, 1, 31, 14), "fields": 9, "order": 16, "kernel": 3},
