@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench import must, plot, rows, timing
 from bench import test_bench_conv_attention as conv_attention
@@ -176,6 +180,27 @@ def test_seconds_of_a_gpu_are_those_between_its_events(monkeypatch: pytest.Monke
     round_ = ["cache", "event", "call", "event"]
     assert log[-17:] == [*(4 * round_), "wait"]
     assert log[:-17].count("call") >= 3
+
+
+def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(alive())
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    replayed: list[Tensor | None] = []
+    x = torch.ones(3)
+    alive = weakref.ref(x)
+    replay = timing.captured(partial(torch.neg, x))
+    del x
+    gc.collect()
+    replay()
+    assert replayed[0] is not None
 
 
 def test_nothing_wrong_is_timed() -> None:
