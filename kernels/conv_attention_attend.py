@@ -55,37 +55,14 @@ def _exp2_by_products(x):
 
 
 @triton.jit
-def _exp2_in_ieee(x):
-    """Return 2 ** x of float32 numbers within its last bit, and 0 below -126.
-
-    The unit of exponentials is wrong by four times as much, and differently for scores with the
-    log-sum-exp subtracted and without it: the gradient is a difference of such sums.
-    """
-    none = x < -126.0
-    x = tl.where(none, 0.0, x)
-    rounded = x + ROUNDER
-    rest = x - (rounded - ROUNDER)
-    mantissa = 1.3399931219e-3 + rest * 1.5345812002e-4
-    mantissa = 9.6184889571e-3 + rest * mantissa
-    mantissa = 5.5503287770e-2 + rest * mantissa
-    mantissa = 2.4022646891e-1 + rest * mantissa
-    mantissa = 6.9314720574e-1 + rest * mantissa
-    mantissa = 1.0000000006 + rest * mantissa
-    exponent = (rounded.to(tl.int32, bitcast=True) << 23) + 0x3F800000
-    return tl.where(none, 0.0, mantissa * exponent.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def exp2(x, PRODUCTS: tl.constexpr, IEEE: tl.constexpr):
-    """Return 2 ** x of scores; with PRODUCTS in part within 7.5e-5, if they are bounded.
+def bounded_exp2(x, PRODUCTS: tl.constexpr):
+    """Return 2 ** x of bounded scores; with PRODUCTS in part within 7.5e-5, which bf16 hides.
 
     Exponentials have one unit to eight of those that multiply, and it decides how long a tile
     takes: of so many times 8 columns, 8 leave it alone. A matrix unit's results lie 8 columns
     apart, so which of a thread's numbers those are is known when it is compiled.
     """
-    if IEEE:
-        y = _exp2_in_ieee(x)
-    elif PRODUCTS > 0:
+    if PRODUCTS > 0:
         column = tl.arange(0, x.shape[1]) // 8 % PRODUCTS
         y = tl.where((column == PRODUCTS - 1)[None, :], _exp2_by_products(x), tl.exp2(x))
     else:
@@ -199,13 +176,12 @@ def _attend_keys(
     """
     if MASKED:
         s = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], s, float("-inf"))
-    IEEE: tl.constexpr = k.dtype == tl.float32 and PRECISION == "ieee"
     if BOUNDED:
-        p = exp2(s, 0 if MASKED else PRODUCTS, IEEE)
+        p = bounded_exp2(s, 0 if MASKED else PRODUCTS)
     else:
         above = tl.maximum(top, tl.max(s, 1))
         fade = tl.exp2(top - above)
-        p = exp2(s - above[:, None], 0, IEEE)
+        p = tl.exp2(s - above[:, None])
         total = total * fade[:, None]
         acc = acc * fade[:, None]
         top = above

@@ -30,8 +30,8 @@ from .conv_attention_attend import (
     LN2,
     LOG2E,
     bounded,
+    bounded_exp2,
     coarse,
-    exp2,
     head_weight,
     largest_norm,
     latent_queries,
@@ -75,8 +75,7 @@ def _query_gradient(
     then need not be. Per score: three products of D, one exponential and three or four operations.
     """
     v = k if SHARED else load_keys(v_ptr, first, M, D, BLOCK_D, BLOCK_M, MASKED)
-    IEEE: tl.constexpr = k.dtype == tl.float32 and PRECISION == "ieee"
-    p = exp2(s if BOUNDED else s - lse2[:, None], PRODUCTS if BOUNDED and not MASKED else 0, IEEE)
+    p = bounded_exp2(s, 0 if MASKED else PRODUCTS) if BOUNDED else tl.exp2(s - lse2[:, None])
     if MASKED:
         p = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import launches
 from .common import cdiv, padded, power_of_2, precision, sum_rows
-from .conv_attention_attend import LN2, exp2, same_for_all
+from .conv_attention_attend import LN2, bounded_exp2, same_for_all
 
 
 @triton.jit
@@ -50,7 +50,6 @@ def _key_gradients(
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
     o_q = o_n[:, None] * D + o_d[None, :]
-    IEEE: tl.constexpr = k.dtype == tl.float32 and PRECISION == "ieee"
     dk = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
     dv = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
     dk1 = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
@@ -66,7 +65,7 @@ def _key_gradients(
         if PAIR:
             s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p = exp2(s, PRODUCTS if BOUNDED else 0, IEEE)
+        p = bounded_exp2(s, PRODUCTS if BOUNDED else 0)
         delta = tl.load(delta_ptr + row + o_n)[None, :]
         ds = p * (dp * LN2 - delta)
         dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM, PRECISION)
@@ -74,7 +73,7 @@ def _key_gradients(
             dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
             if not BOUNDED:
                 s1 -= lse2
-            p1 = exp2(s1, PRODUCTS if BOUNDED else 0, IEEE)
+            p1 = bounded_exp2(s1, PRODUCTS if BOUNDED else 0)
             ds1 = p1 * (dp1 * LN2 - delta)
             dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ONE_SUM, PRECISION)
     return dk, dv, dk1, dv1
