@@ -55,7 +55,7 @@ def _exp2_by_products(x):
 
 
 @triton.jit
-def bounded_exp2(x, PRODUCTS: tl.constexpr):
+def _bounded_exp2(x, PRODUCTS: tl.constexpr):
     """Return 2 ** x of bounded scores; with PRODUCTS in part within 7.5e-5, which bf16 hides.
 
     Exponentials have one unit to eight of those that multiply, and it decides how long a tile
@@ -154,8 +154,8 @@ def _attend_keys(
     acc,
     total,
     top,
-    s,
-    k,
+    q,
+    k_ptr,
     v_ptr,
     first,
     M,
@@ -168,16 +168,18 @@ def _attend_keys(
     PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one tile of keys, with their scores, to the running sums of one tile of queries.
+    """Add one tile of keys to the running sums of one tile of queries.
 
     Per score: two products of D, one exponential and one addition; if not BOUNDED also one for the
     running maximum and one to subtract it, and a product per channel and tile. ``total`` has the
     columns that a matrix unit gives to different threads: they exchange their sums at the end.
     """
+    k = load_keys(k_ptr, first, M, D, BLOCK_D, BLOCK_M, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if MASKED:
         s = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], s, float("-inf"))
     if BOUNDED:
-        p = bounded_exp2(s, 0 if MASKED else PRODUCTS)
+        p = _bounded_exp2(s, 0 if MASKED else PRODUCTS)
     else:
         above = tl.maximum(top, tl.max(s, 1))
         fade = tl.exp2(top - above)
@@ -206,7 +208,6 @@ def _attend_row(
     WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     BOUNDED: tl.constexpr,
-    AHEAD: tl.constexpr,
     PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -214,7 +215,6 @@ def _attend_row(
 
     BLOCK_M keys are fetched at a time, and multiplied in tiles of STEP: what a fetch costs beside
     its bytes (two barriers, a fence, some 40 instructions of a thread) is then shared by the tiles.
-    A tile's scores are asked for before the exponentials of the one before, and come meanwhile.
     """
     # A matrix unit's results lie 8 columns apart; products of float32 itself lie otherwise.
     COLUMNS: tl.constexpr = 1 if q.dtype == tl.float32 and PRECISION == "ieee" else 8
@@ -228,22 +228,13 @@ def _attend_row(
         # A loop that may be left out has the assembler wait for each product before the next.
         tl.assume(whole > 0)
         for first in tl.range(0, whole, BLOCK_M):
-            k = load_keys(k_ptr, first, M, D, BLOCK_D, STEP, False)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, STEP]
             for inner in tl.static_range(0, BLOCK_M, STEP):
-                if not AHEAD and inner > 0:
-                    k = load_keys(k_ptr, first + inner, M, D, BLOCK_D, STEP, False)
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                k_now, s_now = k, s
-                if AHEAD and inner + STEP < BLOCK_M:
-                    k = load_keys(k_ptr, first + inner + STEP, M, D, BLOCK_D, STEP, False)
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 acc, total, top = _attend_keys(
                     acc,
                     total,
                     top,
-                    s_now,
-                    k_now,
+                    q,
+                    k_ptr,
                     v_ptr,
                     first + inner,
                     M,
@@ -257,14 +248,12 @@ def _attend_row(
                     PRECISION,
                 )
     if TAIL_M > 0:
-        k = load_keys(k_ptr, whole, M, D, BLOCK_D, TAIL_M, True)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         acc, total, top = _attend_keys(
             acc,
             total,
             top,
-            s,
-            k,
+            q,
+            k_ptr,
             v_ptr,
             whole,
             M,
@@ -311,7 +300,6 @@ def _conv_attention_attend_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    AHEAD: tl.constexpr,
     PRODUCTS: tl.constexpr,
     TAIL_M: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -383,7 +371,6 @@ def _conv_attention_attend_fwd_kernel(
                     WHOLE,
                     SHARED,
                     True,
-                    AHEAD,
                     PRODUCTS,
                     PRECISION,
                 )
@@ -401,7 +388,6 @@ def _conv_attention_attend_fwd_kernel(
                     WHOLE,
                     SHARED,
                     False,
-                    AHEAD,
                     PRODUCTS,
                     PRECISION,
                 )
@@ -419,7 +405,6 @@ def _conv_attention_attend_fwd_kernel(
                 WHOLE,
                 SHARED,
                 False,
-                AHEAD,
                 PRODUCTS,
                 PRECISION,
             )

@@ -30,7 +30,6 @@ from .conv_attention_attend import (
     LN2,
     LOG2E,
     bounded,
-    bounded_exp2,
     coarse,
     head_weight,
     largest_norm,
@@ -47,12 +46,12 @@ from .conv_attention_weights import weight_gradients
 @triton.jit
 def _query_gradient(
     dq,
+    q,
     do,
     lse2,
     delta,
     total,
-    s,
-    k,
+    k_ptr,
     v_ptr,
     first,
     M,
@@ -64,18 +63,19 @@ def _query_gradient(
     ALONE: tl.constexpr,
     SUMMED: tl.constexpr,
     BOUNDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what one tile of keys, with their scores, gives to the gradient of a tile of queries.
+    """Add what one tile of keys gives to the gradient of one tile of queries.
 
     A tile that is ALONE has all keys and makes ``delta`` itself: of few keys each has a large
     probability, and the rounding of the saved ``o`` would be seen. SUMMED: ``total`` grows by the
     probabilities. BOUNDED: ``do`` and ``delta`` are divided by the exponentials' sum, which these
     then need not be. Per score: three products of D, one exponential and three or four operations.
     """
+    k = load_keys(k_ptr, first, M, D, BLOCK_D, BLOCK_M, MASKED)
     v = k if SHARED else load_keys(v_ptr, first, M, D, BLOCK_D, BLOCK_M, MASKED)
-    p = bounded_exp2(s, 0 if MASKED else PRODUCTS) if BOUNDED else tl.exp2(s - lse2[:, None])
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p = tl.exp2(s if BOUNDED else s - lse2[:, None])
     if MASKED:
         p = tl.where((first + tl.arange(0, BLOCK_M) < M)[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -106,8 +106,6 @@ def _query_gradients(
     SHARED: tl.constexpr,
     EXACT: tl.constexpr,
     BOUNDED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Walk over all keys of an image; return ``dq``, ``delta`` and the sum of the probabilities."""
@@ -118,24 +116,15 @@ def _query_gradients(
     if WHOLE:
         tl.assume(whole > 0)
         for first in tl.range(0, whole, BLOCK_M):
-            k = load_keys(k_ptr, first, M, D, BLOCK_D, STEP, False)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_N, STEP]
             for inner in tl.static_range(0, BLOCK_M, STEP):
-                if not AHEAD and inner > 0:
-                    k = load_keys(k_ptr, first + inner, M, D, BLOCK_D, STEP, False)
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                k_now, s_now = k, s
-                if AHEAD and inner + STEP < BLOCK_M:
-                    k = load_keys(k_ptr, first + inner + STEP, M, D, BLOCK_D, STEP, False)
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 dq, delta, total = _query_gradient(
                     dq,
+                    q,
                     do,
                     lse2,
                     delta,
                     total,
-                    s_now,
-                    k_now,
+                    k_ptr,
                     v_ptr,
                     first + inner,
                     M,
@@ -147,20 +136,17 @@ def _query_gradients(
                     False,
                     EXACT,
                     BOUNDED,
-                    PRODUCTS,
                     PRECISION,
                 )
     if TAIL_M > 0:
-        k = load_keys(k_ptr, whole, M, D, BLOCK_D, TAIL_M, True)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dq, delta, total = _query_gradient(
             dq,
+            q,
             do,
             lse2,
             delta,
             total,
-            s,
-            k,
+            k_ptr,
             v_ptr,
             whole,
             M,
@@ -172,7 +158,6 @@ def _query_gradients(
             not WHOLE,
             EXACT or not WHOLE,
             BOUNDED,
-            PRODUCTS,
             PRECISION,
         )
     return dq, delta, total
@@ -210,8 +195,6 @@ def _conv_attention_attend_bwd_queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     TAIL_M: tl.constexpr,
     WHOLE: tl.constexpr,
     REACHES: tl.constexpr,
@@ -272,13 +255,13 @@ def _conv_attention_attend_bwd_queries_kernel(
     for h in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         head_offsets = (o_n[:, None] * HEADS + h) * D + o_d[None, :]
         rows = (i_b * HEADS + h) * ROWS
-        # Memory answers while the products are made.
-        if WHOLE:
+        if WHOLE and BLOCK_D <= 64:
+            # Memory answers while the products are made; wide tiles have no registers for that.
             o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
-        # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
-        lse = tl.load(lse_ptr + (i_b * HEADS + h) * N + o_n, mask=m_n, other=float("inf"))
         q = latent_queries(a, wq_ptr, bq_ptr, h, D, BLOCK_D, PRECISION)
         tl.store(q_ptr + rows * D + offsets, q, mask=m_d[None, :])
+        # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
+        lse = tl.load(lse_ptr + (i_b * HEADS + h) * N + o_n, mask=m_n, other=float("inf"))
         lse2 = lse * LOG2E
         wo = head_weight(wo_ptr, h, D, BLOCK_D).to(dtype)
         wide_do = tl.dot(t, tl.trans(wo), input_precision=PRECISION)
@@ -295,6 +278,8 @@ def _conv_attention_attend_bwd_queries_kernel(
             tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
         delta = tl.zeros([BLOCK_N], tl.float32)
         if WHOLE:
+            if BLOCK_D > 64:
+                o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         if MAY_BOUND:
             if small:
@@ -315,8 +300,6 @@ def _conv_attention_attend_bwd_queries_kernel(
                     SHARED,
                     EXACT,
                     True,
-                    AHEAD,
-                    PRODUCTS,
                     PRECISION,
                 )
             else:
@@ -337,8 +320,6 @@ def _conv_attention_attend_bwd_queries_kernel(
                     SHARED,
                     EXACT,
                     False,
-                    AHEAD,
-                    PRODUCTS,
                     PRECISION,
                 )
         else:
@@ -359,8 +340,6 @@ def _conv_attention_attend_bwd_queries_kernel(
                 SHARED,
                 EXACT,
                 False,
-                AHEAD,
-                PRODUCTS,
                 PRECISION,
             )
         if EXACT:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import launches
 from .common import cdiv, padded, power_of_2, precision, sum_rows
-from .conv_attention_attend import LN2, bounded_exp2, same_for_all
+from .conv_attention_attend import LN2, same_for_all
 
 
 @triton.jit
@@ -39,7 +39,6 @@ def _key_gradients(
     PAIR: tl.constexpr,
     ONE_SUM: tl.constexpr,
     BOUNDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Walk over all queries; return the gradients of keys and values, and of a pair's second.
@@ -65,15 +64,13 @@ def _key_gradients(
         if PAIR:
             s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p = bounded_exp2(s, PRODUCTS if BOUNDED else 0)
+        p = tl.exp2(s)
         delta = tl.load(delta_ptr + row + o_n)[None, :]
         ds = p * (dp * LN2 - delta)
         dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM, PRECISION)
         if PAIR:
             dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
-            if not BOUNDED:
-                s1 -= lse2
-            p1 = bounded_exp2(s1, PRODUCTS if BOUNDED else 0)
+            p1 = tl.exp2(s1 if BOUNDED else s1 - lse2)
             ds1 = p1 * (dp1 * LN2 - delta)
             dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ONE_SUM, PRECISION)
     return dk, dv, dk1, dv1
@@ -115,7 +112,6 @@ def _conv_attention_attend_bwd_keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     PAIR: tl.constexpr,
@@ -188,7 +184,6 @@ def _conv_attention_attend_bwd_keys_kernel(
             PAIR,
             ONE_SUM,
             True,
-            PRODUCTS,
             PRECISION,
         )
     else:
@@ -208,7 +203,6 @@ def _conv_attention_attend_bwd_keys_kernel(
             PAIR,
             ONE_SUM,
             False,
-            PRODUCTS,
             PRECISION,
         )
 

@@ -32,7 +32,6 @@ TILE = (16, 32, 64, 128)
 WARPS = {"num_warps": (1, 2, 4, 8)}
 STAGES = {"num_stages": (1, 2, 3, 4)}
 RESIDENT = {"RESIDENT": (1, 2, 3, 4)}
-PRODUCTS = {"PRODUCTS": (0, 2, 4)}
 LANES = {"BLOCK_T": (1, 2, 4, 8, 16, 32, 64), "ROWS": (4, 8, 16, 32, 64)}
 # By the power of two that channels are padded to, of taps in a block, of columns to be summed.
 WIDTHS = ("D32", "D64", "D128")
@@ -44,10 +43,10 @@ class Kernel(NamedTuple):
     """What a launch says: fields with the values they may have, and the keys it has entries for.
 
     BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor, HALVES
-    whether TF32 products are made of bfloat16 ones, AHEAD whether a tile's scores are asked for
-    before the one before is finished, PRODUCTS of how many bfloat16 exponentials one is made by
-    multiplications (0: none); the rest are Triton's options. ``rows`` is the field that counts the
-    rows of a matrix product whose result is a factor of the next: there Triton stacks all warps.
+    whether TF32 products are made of bfloat16 ones, PRODUCTS of how many bfloat16 exponentials one
+    is made by multiplications (0: none); the rest are Triton's options. ``rows`` is the field that
+    counts the rows of a matrix product whose result is a factor of the next: there Triton stacks
+    all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
@@ -88,17 +87,15 @@ KERNELS = {
     "conv_attention_project_bwd": Kernel({**LANES, **WARPS}, WIDTHS),
     "conv_attention_keys": Kernel({"BLOCK_M": (32, 64, 128), **WARPS}, WIDTHS),
     "conv_attention_attend_fwd": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_M": TILE, "AHEAD": (0, 1), **PRODUCTS, **WARPS, **STAGES},
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, "PRODUCTS": (0, 2, 4), **WARPS, **STAGES},
         WIDTHS,
         rows="BLOCK_N",
     ),
     "conv_attention_attend_bwd_queries": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_M": TILE, "AHEAD": (0, 1), **PRODUCTS, **WARPS, **STAGES},
-        WIDTHS,
-        rows="BLOCK_N",
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "conv_attention_attend_bwd_keys": Kernel(
-        {"BLOCK_M": TILE, "BLOCK_N": TILE, **PRODUCTS, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_M"
+        {"BLOCK_M": TILE, "BLOCK_N": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_M"
     ),
     "conv_attention_weights_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS
