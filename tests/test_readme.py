@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.main import get_command
 
+from bench import must, rows
 from bench.paper import MODELS, spread
 from eqcvt import list_pretrained, pretrained_folder
 from eqcvt.cli import app
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "bench" / "results" / "demo" / "results.json"
 SMALL = ROOT / "bench" / "results" / "paper" / "small.json"
-GPU = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3.json"
+GPU = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3.csv"
+PARTS = ROOT / "bench" / "results" / "nvidia-h200.csv"
 CASE = ("EqCvT", "4x1x129x129")
 BENCHES = {
     "Intel": "intel-r-xeon-r-processor-family-6-model-207.csv",
@@ -54,18 +56,46 @@ def test_linked_files_exist() -> None:
         assert (ROOT / link).is_file(), link
 
 
-def test_the_table_of_the_gpu_is_the_recorded_one() -> None:
-    cases = json.loads(GPU.read_text())["cases"]
-    table = README.partition("| Triton, H100 |")[2].partition("\n\n")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
-    ]
-    assert len(rows) == 7
-    for name, ms, mib in rows:
-        assert (ms, mib) == (f"{cases[name]['graph_ms']:.2f}", f"{cases[name]['peak_mib']:.0f}")
-    assert json.loads(GPU.read_text())["commit"] in README
-    host = [cases[name]["eager_ms"] for name in ("EqCvT, training", "EqCvT, training, 16 images")]
-    assert "kernels take the host {:.1f} ms, and {:.1f} with 16 images".format(*host) in README
+def _table(head: str) -> list[list[str]]:
+    lines = README.partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_goals_on_a_gpu_are_judged_from_the_recorded_rows() -> None:
+    recorded = rows.read(GPU)
+    columns = ("what", "held against", "ours", "reached", "required")
+    goals = [goal for goal in must.table(recorded) if goal["verdict"] != "missing"]
+    assert _table("| one H100 |") == [[goal[column] for column in columns] for goal in goals]
+    assert {row["commit"] for row in recorded} == {"1dfcd31+changes"}
+    times = {
+        (row["case"], row["implementation"]): float(row["median_ms"])
+        for row in recorded
+        if (row["op"], row["dtype"]) == ("EqCvT", "bfloat16")
+    }
+    launched, compiled = times["training", "triton"], times["training", "compile"]
+    assert (
+        f"takes {launched:.1f} ms, as long as the compiled plain model's {compiled:.1f}" in README
+    )
+    assert f"as a graph takes {times['step', 'triton-graph']:.3f} ms" in README
+
+
+def test_the_parts_on_a_gpu_are_the_recorded_ones() -> None:
+    record = json.loads(PARTS.with_suffix(".json").read_text())
+    table = _table("| Triton, H200 |")
+    assert len(table) == 8
+    for name, ms, mib in table:
+        case = record["cases"][name]
+        assert (ms, mib) == (f"{case['graph_ms']:.2f}", f"{case['peak_mib']:.0f}")
+    ours, theirs = (
+        next(row["median_ms"] for row in rows.read(PARTS) if row["implementation"] == name)
+        for name in ("triton", "cudnn-64")
+    )
+    ratio = float(theirs) / float(ours)
+    sentence = f"core took {ours} ms both ways and cuDNN's {theirs}"
+    assert sentence in README
+    assert f"{ratio:.2f} times as long where 1.9 is asked" in README
+    for commit in (record["commit"], json.loads(GPU.with_suffix(".json").read_text())["commit"]):
+        assert commit in README
 
 
 def test_the_table_of_the_demo_is_the_recorded_one() -> None:
