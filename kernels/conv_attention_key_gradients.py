@@ -11,6 +11,9 @@ from . import launches
 from .common import cdiv, padded, power_of_2, precision, sum_rows
 from .conv_attention_attend import LN2, same_for_all
 
+# Marks of an image's tiles that are read at a time.
+FLAGS = 1024
+
 
 @triton.jit
 def _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr):
@@ -164,9 +167,12 @@ def _conv_attention_attend_bwd_keys_kernel(
 
     small = False
     if MAY_BOUND:
-        o_t = tl.arange(0, BLOCK_TILES)
-        loose = tl.load(loose_ptr + i_b * TILES + o_t, mask=o_t < TILES, other=0.0)
-        small = same_for_all(tl.max(loose[:, None], 0), largest_ptr + tl.program_id(0)) == 0
+        largest = tl.zeros([1], tl.float32)
+        for first in tl.static_range(0, TILES, BLOCK_TILES):
+            o_t = first + tl.arange(0, BLOCK_TILES)
+            loose = tl.load(loose_ptr + i_b * TILES + o_t, mask=o_t < TILES, other=0.0)
+            largest = tl.maximum(largest, tl.max(loose[:, None], 0))
+        small = same_for_all(largest, largest_ptr + tl.program_id(0)) == 0
     if small:
         dk, dv, dk1, dv1 = _key_gradients(
             k,
@@ -279,7 +285,7 @@ def key_gradients(
         D=width,
         BLOCK_D=padded(width),
         TILES=tiles,
-        BLOCK_TILES=power_of_2(tiles),
+        BLOCK_TILES=min(power_of_2(tiles), FLAGS),
         PAIR=pair,
         SHARED=c is None,
         MAY_BOUND=loose is not None,

@@ -28,6 +28,7 @@ if importlib.util.find_spec("triton"):
         conv_attention,
         conv_attention_attend,
         conv_attention_attend_backward,
+        conv_attention_key_gradients,
         launches,
     )
     from tests.kernels import aot
@@ -145,6 +146,7 @@ def test_what_bfloat16_allows_is_as_good_as_pytorch_s(
     monkeypatch.setattr(conv_attention_attend, "may_bound", lambda dtype: True)
     for module in (conv_attention_attend, conv_attention_attend_backward):
         monkeypatch.setattr(module, "coarse", lambda dtype: True)
+    monkeypatch.setattr(conv_attention_key_gradients, "FLAGS", 2)  # of tiles and heads are more
     name = "conv_attention_attend_fwd 16 D32"
     launch = launches.nearest(*name.split(" "), 90) | {"BLOCK_M": 64}
     settings = {"dropout": 0.3}
