@@ -150,7 +150,7 @@ def test_what_bfloat16_allows_is_as_good_as_pytorch_s(
     name = "conv_attention_attend_fwd 16 D32"
     launch = launches.nearest(*name.split(" "), 90) | {"BLOCK_M": 64}
     settings = {"dropout": 0.3}
-    for products in (0, 2, 4):
+    for products in (0, 4):
         with launches.installed({f"sm90 {name}": launch | {"PRODUCTS": products}}):
             _, o, lse = _compare(NAMES, _of("attend"), case.forward(), settings | {"save": True})
         _compare(GRADIENTS, _of("attend_backward"), case.backward(o, lse), settings, backward=True)
