@@ -356,41 +356,26 @@ def _conv_attention_attend_fwd_kernel(
     # and with them half the programs of a multiprocessor.
     for h in tl.range(0, HEADS, num_stages=1, disable_licm=True):
         q = latent_queries(a, wq_ptr, bq_ptr, h, D, BLOCK_D, PRECISION)
+        small = False
         if MAY_BOUND:
-            if bounded(q, reach, bound_ptr + h):
-                o, lse = _attend_row(
-                    q,
-                    k_ptr,
-                    v_ptr,
-                    M,
-                    D,
-                    BLOCK_D,
-                    BLOCK_N,
-                    BLOCK_M,
-                    TAIL_M,
-                    WHOLE,
-                    SHARED,
-                    True,
-                    PRODUCTS,
-                    PRECISION,
-                )
-            else:
-                o, lse = _attend_row(
-                    q,
-                    k_ptr,
-                    v_ptr,
-                    M,
-                    D,
-                    BLOCK_D,
-                    BLOCK_N,
-                    BLOCK_M,
-                    TAIL_M,
-                    WHOLE,
-                    SHARED,
-                    False,
-                    PRODUCTS,
-                    PRECISION,
-                )
+            small = bounded(q, reach, bound_ptr + h)
+        if small:
+            o, lse = _attend_row(
+                q,
+                k_ptr,
+                v_ptr,
+                M,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                BLOCK_M,
+                TAIL_M,
+                WHOLE,
+                SHARED,
+                True,
+                PRODUCTS,
+                PRECISION,
+            )
         else:
             o, lse = _attend_row(
                 q,

@@ -281,47 +281,26 @@ def _conv_attention_attend_bwd_queries_kernel(
             if BLOCK_D > 64:
                 o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        if MAY_BOUND:
-            if small:
-                dq, delta, total = _query_gradients(
-                    q,
-                    do,
-                    lse2,
-                    delta,
-                    k_ptr,
-                    v_ptr,
-                    M,
-                    D,
-                    BLOCK_D,
-                    BLOCK_N,
-                    BLOCK_M,
-                    TAIL_M,
-                    WHOLE,
-                    SHARED,
-                    EXACT,
-                    True,
-                    PRECISION,
-                )
-            else:
-                dq, delta, total = _query_gradients(
-                    q,
-                    do,
-                    lse2,
-                    delta,
-                    k_ptr,
-                    v_ptr,
-                    M,
-                    D,
-                    BLOCK_D,
-                    BLOCK_N,
-                    BLOCK_M,
-                    TAIL_M,
-                    WHOLE,
-                    SHARED,
-                    EXACT,
-                    False,
-                    PRECISION,
-                )
+        if small:
+            dq, delta, total = _query_gradients(
+                q,
+                do,
+                lse2,
+                delta,
+                k_ptr,
+                v_ptr,
+                M,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                BLOCK_M,
+                TAIL_M,
+                WHOLE,
+                SHARED,
+                EXACT,
+                True,
+                PRECISION,
+            )
         else:
             dq, delta, total = _query_gradients(
                 q,

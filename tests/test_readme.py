@@ -94,8 +94,13 @@ def test_the_parts_on_a_gpu_are_the_recorded_ones() -> None:
     sentence = f"core took {ours} ms both ways and cuDNN's {theirs}"
     assert sentence in README
     assert f"{ratio:.2f} times as long where 1.9 is asked" in README
-    for commit in (record["commit"], json.loads(GPU.with_suffix(".json").read_text())["commit"]):
-        assert commit in README
+    whole = json.loads(GPU.with_suffix(".json").read_text())
+    assert record["commit"] in README
+    assert whole["commit"] in README
+    wrong = [check["reason"] for check in whole["checks"].values() if not check["passed"]]
+    error, allowed = re.findall(r"[\d.]+e-\d+", wrong[0])
+    assert len(wrong) == 1
+    assert f"{float(error) / float(allowed):.2f} times as wrong as allowed" in README
 
 
 def test_the_table_of_the_demo_is_the_recorded_one() -> None:
