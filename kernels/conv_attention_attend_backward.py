@@ -179,6 +179,7 @@ def _conv_attention_attend_bwd_queries_kernel(
     o_ptr,
     lse_ptr,
     bound_ptr,
+    t_ptr,
     q_ptr,
     do_ptr,
     lse2_ptr,
@@ -204,7 +205,7 @@ def _conv_attention_attend_bwd_queries_kernel(
     MAY_BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write ``dq``, and what the next kernel needs: ``q``, ``do``, ``lse2`` and ``delta``.
+    """Write ``dq``, and what the next kernels need: ``t``; ``q``, ``do``, ``lse2`` and ``delta``.
 
     One program owns BLOCK_N queries of one image; heads follow one another, so that ``dy`` and
     ``a`` are read, dropped and normalised once::
@@ -213,15 +214,16 @@ def _conv_attention_attend_bwd_queries_kernel(
         queries       [ head 0:  scores -> exp2 -> ds -> dq += ds b' ]
         BLOCK_N       [ head 1:  ...                                 ]
 
-    The last four have ROWS queries, whole tiles of both kernels; those beyond N count for nothing.
+    ``t`` is ``dy`` with the dropout of the forward pass, and not written where there is none. The
+    last four have ROWS queries, whole tiles of both kernels; those beyond N count for nothing.
     ``q`` and ``lse2`` are in units of log 2, and ``delta`` is times ln 2, so that the next kernel
     makes of them, in no more operations, the gradient for this ``q``. Where no score can be large,
     as in the forward pass, ``do`` and ``delta`` are divided by the sum of the exponentials, in
     place of all of these, and ``lse2`` is 0; ``loose`` is 1 where not, for each tile and head.
 
     Per score: 6 D operations on the tensor cores and one exponential; 0.33 ms and 0.38 ms for
-    1.37e9 scores at D = 32 (batch 128, H100). Bytes: 2 D numbers per query (dy, a) and 4 D per
-    query and head (o; q, do, dq). Accumulates in fp32, keys in order.
+    1.37e9 scores at D = 32 (batch 128, H100). Bytes: 3 D numbers per query (dy, a, t) and 4 D
+    per query and head (o; q, do, dq). Accumulates in fp32, keys in order.
     """
     tiles = ROWS // BLOCK_N
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -245,6 +247,7 @@ def _conv_attention_attend_bwd_queries_kernel(
             tl.load(seed_ptr), i_b * N + o_n, threshold, factor, 0, D, BLOCK_D, 0
         )
         t = (t.to(tl.float32) * keep).to(dtype)
+        tl.store(t_ptr + i_b * N * D + offsets, t, mask=mask)
     reach = largest_norm(reach_ptr, i_b, REACHES, BLOCK_REACHES)
     bound_ptr += tl.program_id(0) * HEADS
     loose_ptr += tl.program_id(0) * HEADS
@@ -380,6 +383,7 @@ def attend_backward(
     q, do = a.new_empty(2, batch, heads, rows, width)
     lse2, delta = lse.new_empty(2, batch, heads, rows)
     dq = torch.empty_like(o)
+    t = torch.empty_like(dy) if dropout > 0 else dy
     programs = batch * rows // own["BLOCK_N"]
     bound, loose = scale.new_empty(2, programs, heads)
     # A tile that is alone divides its probabilities itself.
@@ -399,6 +403,7 @@ def attend_backward(
         o,
         lse,
         bound,
+        t,
         q,
         do,
         lse2,
@@ -427,6 +432,6 @@ def attend_backward(
     loose = loose.view(batch, -1) if may else None
     db, dc = key_gradients(b, c, k, v, scale, q, do, lse2, delta, loose, dscale, dshift)
     da, dwq, dbq, dwo, dbo = weight_gradients(
-        dy, a, scale, shift, wq, bo, seed, o, dq, dscale[0], dshift[0], dropout=dropout
+        t, a, scale, shift, wq, bo, o, dq, dscale[0], dshift[0]
     )
     return da, db, dc, dscale, dshift, dwq, dbq, dwo, dbo

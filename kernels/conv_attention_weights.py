@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dropout as dropout_mask
 from . import launches
 from .common import add_part, cdiv, padded, precision, programs, sum_rows
 
@@ -31,18 +30,15 @@ def _weight_block(wq_ptr, c, o_d, COLUMNS, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles", "N"])
 def _conv_attention_weights_bwd_kernel(
-    dy_ptr,
+    t_ptr,
     a_ptr,
     scale_ptr,
     shift_ptr,
     wq_ptr,
-    seed_ptr,
     o_ptr,
     dq_ptr,
     da_ptr,
     parts_ptr,
-    threshold,
-    factor,
     tiles,
     N,
     COLUMNS,
@@ -51,7 +47,6 @@ def _conv_attention_weights_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write ``da`` and this program's share of the gradients of weights, scale and shift.
@@ -69,7 +64,7 @@ def _conv_attention_weights_bwd_kernel(
 
     ``parts`` is ``[programs, COLUMNS (2 D + 1) + 3 D]``: dwq, dwo, dbq, dbo, dscale, dshift.
     Weights are summed in registers where all columns are one block, else in ``parts``. Bytes: 2 h +
-    3 times D numbers per query (dq, o; dy, a, da), 0.09 ms at batch 128, D = 32 and 3 heads; 6 D
+    3 times D numbers per query (dq, o; t, a, da), 0.09 ms at batch 128, D = 32 and 3 heads; 6 D
     operations per column and query. Accumulates in fp32, tiles in order.
     """
     i_p = tl.program_id(0).to(tl.int64)
@@ -100,16 +95,8 @@ def _conv_attention_weights_bwd_kernel(
         mask = m_n[:, None] & m_d[None, :]
         offsets = o_n[:, None] * D + o_d[None, :]
         a = tl.load(a_ptr + row * D + offsets, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        t = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0)
-        if HAS_DROPOUT:
-            keep = dropout_mask.keep_factor(
-                tl.load(seed_ptr), row + o_n, threshold, factor, 0, D, BLOCK_D, 0
-            )
-            wide = t.to(tl.float32) * keep
-            t = wide.to(dtype)
-        else:
-            wide = t.to(tl.float32)
-        dbo += tl.sum(wide, 0)
+        t = tl.load(t_ptr + row * D + offsets, mask=mask, other=0.0)
+        dbo += tl.sum(t.to(tl.float32), 0)
         if ONE_BLOCK:
             o_nc = row * COLUMNS + o_n[:, None] * COLUMNS + o_c[None, :]
             m_nc = m_n[:, None] & (o_c < COLUMNS)[None, :]
@@ -164,22 +151,20 @@ def _conv_attention_weights_bwd_kernel(
 
 
 def weight_gradients(
-    dy: Tensor,
+    t: Tensor,
     a: Tensor,
     scale: Tensor,
     shift: Tensor,
     wq: Tensor,
     bo: Tensor,
-    seed: Tensor,
     o: Tensor,
     dq: Tensor,
     dscale: Tensor,
     dshift: Tensor,
-    *,
-    dropout: float,
 ) -> tuple[Tensor, ...]:
     """Return ``da``, ``dwq``, ``dbq``, ``dwo``, ``dbo`` from ``dq`` ``[B, N, h, D]``.
 
+    ``t`` ``[B, N, D]`` is the gradient of ``y`` before its dropout, and ``o`` the attended values.
     ``dscale`` and ``dshift`` ``[D]``, those of the queries, are written in place.
     """
     batch, queries, width = a.shape
@@ -191,24 +176,21 @@ def weight_gradients(
     count = programs(a, launch.pop("RESIDENT"), tiles)
     parts = wq.new_empty(count, columns * (2 * width + 1) + 3 * width)
     _conv_attention_weights_bwd_kernel[(count,)](
-        dy,
+        t,
         a,
         scale,
         shift,
         wq,
-        seed,
         o,
         dq,
         da,
         parts,
-        *dropout_mask.arguments(dropout),
         tiles,
         batch * queries,
         columns,
         D=width,
         BLOCK_D=padded(width),
         ONE_BLOCK=columns <= launch["BLOCK_C"],
-        HAS_DROPOUT=dropout > 0,
         PRECISION=precision(),
         **launch,
     )
