@@ -10,7 +10,7 @@ from torch import Tensor
 from . import dropout as dropout_mask
 from .common import cdiv, padded, precision, programs
 from .layer_norm import normalise
-from .mlp_block_hidden import affine_weights, hidden_layer, launch_of, weights_of
+from .mlp_block_hidden import affine_weights, hidden_keep, hidden_layer, launch_of, weights_of
 
 
 @triton.jit(do_not_specialize=["tiles", "N"])
@@ -77,22 +77,10 @@ def _mlp_block_fwd_kernel(
                 w1, b1, w2 = weights_of(
                     w1_ptr, b1_ptr, w2_ptr, first, dtype, E, D, BLOCK_D, BLOCK_E
                 )
-            u, phi, keep = hidden_layer(
-                t,
-                w1,
-                b1,
-                seed_ptr,
-                row,
-                o_n,
-                first,
-                threshold,
-                factor,
-                E,
-                BLOCK_E,
-                HAS_DROPOUT,
-                PRECISION,
-            )
-            y = tl.dot((u * phi * keep).to(dtype), w2, y, input_precision=PRECISION)
+            u, phi = hidden_layer(t, w1, b1, PRECISION)
+            u *= phi
+            u *= hidden_keep(seed_ptr, row + o_n, first, threshold, factor, E, BLOCK_E, HAS_DROPOUT)
+            y = tl.dot(u.to(dtype), w2, y, input_precision=PRECISION)
         y += tl.load(b2_ptr + o_d, mask=m_d, other=0.0)[None, :]
         if HAS_DROPOUT:
             y *= dropout_mask.keep_factor(

@@ -1,13 +1,17 @@
-// Factors of dropout: 0, or 1 / (1 - p), from a counter-based generator that every backend shares.
+// Factors of dropout: 0, or one over what is kept, from a counter-based generator that every
+// backend shares.
 //
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) makes four
-// words of a key and a counter. The key is the seed; the counter is (i >> 2, stream) for the linear
-// index i of an entry, which takes word i & 3. So the mask can be made again, and in any order.
+// words of a key and a counter, which are eight numbers of 16 bits, lowest first. The key is the
+// seed; the counter is (i >> 3, stream) for the linear index i of an entry, which takes number
+// i & 7. So the mask can be made again, and in any order.
 #pragma once
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
+#include <cmath>
 
 #include "simd.h"
 
@@ -57,46 +61,46 @@ EQCVT_INLINE void philox(words word[4], words blocks, uint64_t seed, uint32_t st
     word[3] = c3;
 }
 
-// The bits of `kept` where a word is at least `threshold`, else of 0.
-EQCVT_INLINE words keep_bits(words word, uint64_t threshold, uint64_t kept) {
-    // Both are below 2^32, so the sign of the difference tells; no instruction set lacks the shift.
-    words dropped = words{} - (((word & 0xFFFFFFFFu) - threshold) >> 63);
+// The bits of `kept` where a number, the lower 16 bits, is at least `threshold`, else of 0.
+EQCVT_INLINE words keep_bits(words number, uint64_t threshold, uint64_t kept) {
+    // The sign of the difference tells; no instruction set lacks the shift.
+    words dropped = words{} - (((number & 0xFFFFu) - threshold) >> 63);
     return ~dropped & kept;
 }
 
 EQCVT_INLINE void store_factors(float* out, const words word[4], uint64_t threshold, float kept) {
     uint32_t bits;
     memcpy(&bits, &kept, sizeof bits);
-    words f[4];
-    for (int w = 0; w < 4; ++w) f[w] = keep_bits(word[w], threshold, bits);
-    const words pair[2] = {f[0] | (f[1] << 32), f[2] | (f[3] << 32)};
-    uint64_t lane[2][kWords];
-    memcpy(lane, pair, sizeof lane);
-    for (int l = 0; l < kWords; ++l)
-        for (int i = 0; i < 2; ++i) memcpy(out + 4 * l + 2 * i, &lane[i][l], 8);
+    for (int w = 0; w < 4; ++w) {
+        const words pair =
+            keep_bits(word[w], threshold, bits) | (keep_bits(word[w] >> 16, threshold, bits) << 32);
+        uint64_t lane[kWords];
+        memcpy(lane, &pair, sizeof lane);
+        for (int l = 0; l < kWords; ++l) memcpy(out + 8 * l + 2 * w, &lane[l], 8);
+    }
 }
 
 EQCVT_INLINE void store_factors(double* out, const words word[4], uint64_t threshold, double kept) {
     uint64_t bits;
     memcpy(&bits, &kept, sizeof bits);
-    double lane[4][kWords];
-    for (int w = 0; w < 4; ++w) {
-        const words f = keep_bits(word[w], threshold, bits);
-        memcpy(lane[w], &f, sizeof f);
+    for (int i = 0; i < 8; ++i) {
+        const words f = keep_bits(word[i / 2] >> (i % 2 * 16), threshold, bits);
+        double lane[kWords];
+        memcpy(lane, &f, sizeof lane);
+        for (int l = 0; l < kWords; ++l) out[8 * l + i] = lane[l];
     }
-    for (int l = 0; l < kWords; ++l)
-        for (int w = 0; w < 4; ++w) out[4 * l + w] = lane[w][l];
 }
 
-// out[i] = the factor of entry `first` + i, for 0 <= i < count; T is float or double.
+// out[i] = the factor of entry `first` + i, for 0 <= i < count; T is float or double. The
+// probability is rounded to 1 / 65536, and the factor is one over what that keeps.
 template <class T> inline void keep_factors(T* out, uint64_t seed, int64_t first, int64_t count,
                                             uint32_t stream, double dropout) {
-    constexpr int64_t entries = 4 * kWords;
-    const uint64_t threshold = dropout < 1 ? static_cast<uint64_t>(dropout * 4294967296.0) : 0;
-    const T kept = dropout < 1 ? static_cast<T>(1 / (1 - dropout)) : T(0);
-    const int64_t lead = first & 3;
+    constexpr int64_t entries = 8 * kWords;
+    const auto threshold = static_cast<uint64_t>(std::nearbyint(dropout * 65536));
+    const T kept = threshold < 65536 ? static_cast<T>(65536.0 / (65536 - threshold)) : T(0);
+    const int64_t lead = first & 7;
     uint64_t block[kWords];
-    for (int l = 0; l < kWords; ++l) block[l] = static_cast<uint64_t>(first >> 2) + l;
+    for (int l = 0; l < kWords; ++l) block[l] = static_cast<uint64_t>(first >> 3) + l;
     words blocks, word[4];
     memcpy(&blocks, block, sizeof blocks);
     for (int64_t start = -lead; start < count; start += entries, blocks += kWords) {

@@ -8,6 +8,8 @@
 
 #include <stdint.h>
 
+#include <cmath>
+
 #ifndef EQCVT_EMULATE
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -194,7 +196,9 @@ __device__ inline uint4 philox(uint64_t seed, uint64_t block, uint32_t stream) {
     return c;
 }
 
-// The factor of entry i of a contiguous tensor under dropout: 0 or 1 / (1 - p).
+// The factor of entry i of a contiguous tensor under dropout: 0, or one over what is kept of a
+// probability rounded to 1 / 65536. Entry i takes number i & 7 of the eight of 16 bits, lowest
+// first, in the words of block i >> 3.
 struct Dropout {
     const int64_t* seed;
     uint32_t stream, threshold;
@@ -202,26 +206,30 @@ struct Dropout {
 
     // The host's side; with p = 0 the generator is not run.
     static Dropout of(const void* seed, double p, uint32_t stream) {
-        const double threshold = p * 4294967296.0;
-        return {static_cast<const int64_t*>(seed), stream,
-                threshold < UINT32_MAX ? static_cast<uint32_t>(threshold) : UINT32_MAX,
-                p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f};
+        const double threshold = std::nearbyint(p * 65536);
+        return {static_cast<const int64_t*>(seed), stream, static_cast<uint32_t>(threshold),
+                threshold < 65536 ? static_cast<float>(65536 / (65536 - threshold)) : 0.0f};
     }
     __device__ bool off() const { return factor == 1.0f; }
     __device__ uint4 words(int64_t block) const {
         return philox(static_cast<uint64_t>(*seed), static_cast<uint64_t>(block), stream);
     }
-    __device__ float factor_of(uint32_t word) const { return word >= threshold ? factor : 0.0f; }
-    __device__ float choose(const uint4& words, int64_t i) const {
-        const uint32_t low = i & 1 ? words.y : words.x, high = i & 1 ? words.w : words.z;
-        return factor_of(i & 2 ? high : low);
+    // Those of the entries of the lower and of the upper half of a word.
+    __device__ float low(uint32_t word) const {
+        return (word & 0xFFFF) >= threshold ? factor : 0.0f;
     }
-    __device__ float operator()(int64_t i) const { return off() ? 1.0f : choose(words(i >> 2), i); }
+    __device__ float high(uint32_t word) const { return word >> 16 >= threshold ? factor : 0.0f; }
+    __device__ float choose(const uint4& words, int64_t i) const {
+        const uint32_t first = i & 2 ? words.y : words.x, second = i & 2 ? words.w : words.z;
+        const uint32_t word = i & 4 ? second : first;
+        return i & 1 ? high(word) : low(word);
+    }
+    __device__ float operator()(int64_t i) const { return off() ? 1.0f : choose(words(i >> 3), i); }
     // The factors of entries i to i + 3.
     __device__ void four(float (&factors)[4], int64_t i) const {
         if (!off() && (i & 3) == 0) {
-            const uint4 w = words(i >> 2);
-            for (int j = 0; j < 4; ++j) factors[j] = choose(w, j);
+            const uint4 w = words(i >> 3);
+            for (int j = 0; j < 4; ++j) factors[j] = choose(w, i + j);
         } else {
             for (int j = 0; j < 4; ++j) factors[j] = (*this)(i + j);
         }

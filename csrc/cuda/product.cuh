@@ -215,8 +215,9 @@ multiply_weights(Sums<MT, WIDTH>& sums, const Left<T, MT, K>& left, const T* wei
 }
 
 // Applies dropout to a warp's sums, which are rows [row, ..) and columns [column, ..) of a tensor
-// of `channels` columns; column is a multiple of 8. Two neighbouring lanes hold four neighbours in
-// each of two rows: each lane makes the words of one of the rows.
+// of `channels` columns; column is a multiple of 8. Four neighbouring lanes hold eight neighbours,
+// a block, in each of two rows. The first of each two of these lanes makes the block of one row and
+// the second that of the other; each then hands the other lanes' words on.
 template <int MT, int N> __device__ inline void drop(Sums<MT, N>& sums, const Dropout& dropout,
                                                      int64_t row, int64_t channels, int column) {
     if (dropout.off()) return;
@@ -225,19 +226,22 @@ template <int MT, int N> __device__ inline void drop(Sums<MT, N>& sums, const Dr
     for (int m = 0; m < MT; ++m) {
 #pragma unroll
         for (int n = 0; n < N / 8; ++n) {
-            const int64_t first = (row + 16 * m + g) * channels + column + 8 * n + 2 * t;
+            const int64_t first = (row + 16 * m + g) * channels + column + 8 * n;
             float (&v)[4] = sums.v[m][n];
-            if (channels % 4 == 0) {
-                const uint4 w = dropout.words((first - 2 * odd + 8 * odd * channels) >> 2);
-                const uint32_t x = __shfl_xor_sync(~0u, odd ? w.x : w.z, 1);
-                const uint32_t y = __shfl_xor_sync(~0u, odd ? w.y : w.w, 1);
-                v[0] *= dropout.factor_of(odd ? x : w.x);
-                v[1] *= dropout.factor_of(odd ? y : w.y);
-                v[2] *= dropout.factor_of(odd ? w.z : x);
-                v[3] *= dropout.factor_of(odd ? w.w : y);
+            if (channels % 8 == 0) {
+                const uint4 w = dropout.words((first + 8 * odd * channels) >> 3);
+                // Lanes 0 and 1 keep the words x and y of the block they made, 2 and 3 z and w.
+                const uint32_t even = t < 2 ? w.x : w.z, uneven = t < 2 ? w.y : w.w;
+                const uint32_t other = __shfl_xor_sync(~0u, odd ? even : uneven, 1);
+                const uint32_t upper = odd ? other : even, lower = odd ? uneven : other;
+                v[0] *= dropout.low(upper);
+                v[1] *= dropout.high(upper);
+                v[2] *= dropout.low(lower);
+                v[3] *= dropout.high(lower);
             } else {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) v[i] *= dropout(first + i / 2 * 8 * channels + i % 2);
+                for (int i = 0; i < 4; ++i)
+                    v[i] *= dropout(first + 2 * t + i / 2 * 8 * channels + i % 2);
             }
         }
     }

@@ -66,8 +66,8 @@ def mlp_block(
         b1: see ``w1``.
         w2: ``[D, E]`` and ``b2``: ``[D]``, the second.
         b2: see ``w2``.
-        dropout: probability of dropping an entry after the GELU and after the second map; 0 in
-            evaluation.
+        dropout: probability of dropping an entry after the GELU and after the second map, 0 in
+            evaluation; kernels round it to 1 / 65536.
         eps: added to the variance.
         backend: a backend's name; None for the one in force.
 

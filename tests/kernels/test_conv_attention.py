@@ -550,7 +550,7 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     for r in reports:
         # The fastest tile of 128 channels that Hopper's matrix unit can take spills a little.
         widest = wide and r["capability"] == 90 and r["kernel"].endswith("attend_fwd_kernel")
-        assert r["spilled"] <= (32 if widest else 0), r
+        assert r["spilled"] <= (56 if widest else 0), r
         assert not r["beyond"], r
         assert not r["undefined"], r
         assert r["writes"], r

@@ -22,6 +22,7 @@ from tests.tolerance import assert_as_good
 
 if importlib.util.find_spec("triton"):
     from eqcvt.kernels import common, mlp_block
+    from eqcvt.kernels import dropout as mask
     from tests.kernels import aot
 
 pytestmark = [
@@ -217,6 +218,15 @@ def test_the_cpu_is_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
     assert mlp_block.supports(x, w1) == "runs on CUDA devices, not on the CPU"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-6, 0.1, 0.5, 0.99999, 1.0])
+def test_what_is_kept_makes_up_for_what_is_dropped(dropout: float) -> None:
+    threshold, factor = mask.arguments(dropout)
+    kept = 1 - threshold / 2**16 if factor else 0.0
+    assert abs(dropout - (1 - kept)) <= 2**-17
+    assert factor * kept == (1.0 if kept else 0.0)
+    assert threshold < 2**16
+
+
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """The calls whose kernels are assembled: the model's sizes, and with EQCVT_AOT_WIDE wider."""
     sizes = ((64, 256), (128, 512)) if "EQCVT_AOT_WIDE" in os.environ else ((32, 64),)
@@ -250,9 +260,9 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     reports = [json.loads(line) for line in lines]
     assert {r["kernel"] for r in reports} >= {"_mlp_block_fwd_kernel", "_mlp_block_bwd_kernel"}
     for r in reports:
-        # The backward kernel is a few registers too large: on sm_80, and on sm_90 with 64 channels
-        # or where all tokens share a gradient; so is the forward one with 128 channels.
-        few = 64 if wide else 24 if "averaged" in r["call"] else 0
+        # The backward kernels are a few registers too large; so is the forward one with 128
+        # channels. A mask of 32-bit numbers left the model's 8 more, and took more instructions.
+        few = 64 if wide else 32
         assert r["spilled"] <= {80: 64, 90: few}[r["capability"]], r
         assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
         assert not r["beyond"], r

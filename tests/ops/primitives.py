@@ -7,6 +7,8 @@ measured against float64 here, beside the same call in its own dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,8 @@ LOW, MULTIPLIERS, WEYL = 0xFFFFFFFF, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB
 
 
 def philox(seed: int, index: Tensor, stream: int) -> Tensor:
-    """The 32-bit words (as int64) of Philox4x32-10 for linear indices, four indices a block."""
-    block = index >> 2
+    """The 16-bit numbers (as int64) of Philox4x32-10 for linear indices, eight indices a block."""
+    block = index >> 3
     c = [block & LOW, block >> 32, torch.full_like(block, stream), torch.zeros_like(block)]
     key = [seed & LOW, (seed >> 32) & LOW]
     for _ in range(ROUNDS):
@@ -26,7 +28,8 @@ def philox(seed: int, index: Tensor, stream: int) -> Tensor:
         (high0, low0), (high1, low1) = halves
         c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
         key = [(k + w) & LOW for k, w in zip(key, WEYL, strict=True)]
-    return torch.stack(c).gather(0, (index & 3).unsqueeze(0)).squeeze(0)
+    numbers = torch.stack([part for word in c for part in (word & 0xFFFF, word >> 16)])
+    return numbers.gather(0, (index & 7).unsqueeze(0)).squeeze(0)
 
 
 def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,12 +39,13 @@ def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep(seed: Tensor, shape: torch.Size, dropout: float, stream: int) -> Tensor | float:
-    """The factor of each entry under dropout: 0 or 1 / (1 - p)."""
-    if dropout == 0:
+    """The factor of each entry under dropout: 0, or one over what is kept of 65536 numbers."""
+    dropped = round(dropout * 2**16)
+    if dropped == 0:
         return 1.0
     index = torch.arange(shape.numel(), dtype=torch.int64).reshape(shape)
-    word = philox(int(seed.item()), index, stream)
-    return (word >= int(dropout * 2**32)).double() / (1 - dropout)
+    number = philox(int(seed.item()), index, stream)
+    return (number >= dropped).double() * (2**16 / max(2**16 - dropped, 1))
 
 
 def _grads(y: Tensor, dy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -225,6 +229,65 @@ def conv_attention_project_backward(
         gradients.append(g.to(x.dtype))
     found = iter(torch.autograd.grad(raw, there, gradients))
     return tuple(q.new_empty(0) if t is None else next(found).detach() for t in leaves)
+
+
+def conv_attention_fold(
+    mean: Tensor,
+    variance: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor,
+    weight_b: Tensor,
+    bias_b: Tensor,
+    weight_c: Tensor | None,
+    bias_c: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    out_bias: Tensor | None,
+    *,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    dtype = mean.dtype
+    weight = torch.stack([t.to(dtype) for t in (weight_a, weight_b, weight_c) if t is not None])
+    bias = torch.stack([t.to(dtype) for t in (bias_a, bias_b, bias_c) if t is not None])
+    scale = weight / (variance + eps).sqrt()
+    shift = bias - mean * scale
+    q, k, v, out = (t.to(dtype) for t in (q, k, v, out.T))
+    q, k, v, out = (t.unflatten(0, (heads, -1)) for t in (q, k, v, out))
+    zeros = [q.new_zeros(n) for n in (*[heads * q.shape[1]] * 2, q.shape[2])]
+    given = [z if t is None else t.to(dtype) for t, z in zip((q_bias, v_bias, out_bias), zeros)]  # noqa: B905
+    bq, bv = (t.unflatten(0, (heads, -1)) for t in given[:2])
+    factor = q.shape[1] ** -0.5
+    wq = torch.einsum("hei,hej->hij", q, k) * factor
+    wo = torch.einsum("hei,hej->hij", v, out)
+    cq = torch.einsum("he,hej->hj", bq, k) * factor
+    if k_bias is not None:
+        cq = cq + 0 * k_bias.to(dtype).sum()
+    return scale, shift, wq, cq, wo, given[2] + torch.einsum("he,hej->j", bv, out)
+
+
+def conv_attention_fold_backward(*inputs: Any, heads: int, eps: float) -> tuple[Tensor, ...]:
+    gradients, leaves = inputs[:6], [None if t is None else _leaf(t)[0] for t in inputs[6:]]
+    outputs = conv_attention_fold(*leaves, heads=heads, eps=eps)
+    there = [t for t in leaves if t is not None]
+    found = iter(
+        torch.autograd.grad(
+            outputs, there, [g.to(o.dtype) for g, o in zip(gradients, outputs, strict=True)]
+        )
+    )
+    mean, variance, wa, ba, wb, bb, wc, bc, *rest = (
+        None if t is None else next(found) for t in leaves
+    )
+    dtype = mean.dtype
+    dweight = torch.stack([t.to(dtype) for t in (wa, wb, wc) if t is not None])
+    dbias = torch.stack([t.to(dtype) for t in (ba, bb, bc) if t is not None])
+    empty = mean.new_empty(0)
+    return mean, variance, dweight, dbias, *(empty if t is None else t for t in rest)
 
 
 def conv_attention_attend(
