@@ -1,7 +1,8 @@
 """Fused Triton kernels of attention with convolutional projections.
 
-``project`` is the depthwise convolutions with their batch statistics, ``attend`` all that follows;
-each has its backward. Files of this op: ``conv_attention_*.py``.
+``project`` is the depthwise convolutions with their batch statistics, ``fold`` makes of the norms
+and the pointwise weights what ``attend`` takes, which does the rest; each has its backward. Files
+of this op: ``conv_attention_*.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ from torch import Tensor
 from .common import refusal
 from .conv_attention_attend import attend
 from .conv_attention_attend_backward import attend_backward
+from .conv_attention_fold import fold, fold_backward
 from .conv_attention_project import project
 from .conv_attention_project_backward import project_backward
 
-__all__ = ["attend", "attend_backward", "project", "project_backward", "supports"]
+__all__ = [
+    "attend",
+    "attend_backward",
+    "fold",
+    "fold_backward",
+    "project",
+    "project_backward",
+    "supports",
+]
 
 # Larger windows are unrolled all the same, and take the compiler minutes.
 KERNEL = 3

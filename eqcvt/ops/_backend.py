@@ -182,6 +182,11 @@ def module(op: str, backend: str, device: str) -> ModuleType:
     return _modules[backend][op]
 
 
+def has(op: str, backend: str, function: str) -> bool:
+    """Return whether a backend that was chosen has a function of ``op`` that it may do without."""
+    return hasattr(_modules[backend][op], function)
+
+
 def _candidates(device: str) -> tuple[str, ...]:
     return ORDER.get(device, ("reference",))
 

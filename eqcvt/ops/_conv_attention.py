@@ -1,7 +1,8 @@
-"""What torch is told of the attention: two torch ops, ``project`` and ``attend``.
+"""What torch is told of the attention: three torch ops, ``project``, ``fold`` and ``attend``.
 
 Each has the schema of the function of that name in the backends' modules, the shapes of its results
-and its gradient, which is a torch op too. :mod:`eqcvt.ops.conv_attention` says what they compute.
+and its gradient, which is a torch op too. :mod:`eqcvt.ops.conv_attention` says what they compute,
+and does without ``fold`` where a backend has none.
 """
 
 from __future__ import annotations
@@ -97,6 +98,63 @@ project = define(
     _project_fake,
     setup_context=_project_context,
     backward=_project_backward,
+)
+
+
+_PARAMETERS = (
+    "Tensor mean, Tensor variance, Tensor weight_a, Tensor bias_a, Tensor weight_b, Tensor bias_b,"
+    " Tensor? weight_c, Tensor? bias_c, Tensor q, Tensor k, Tensor v, Tensor out, Tensor? q_bias,"
+    " Tensor? k_bias, Tensor? v_bias, Tensor? out_bias, *, int heads, float eps"
+)
+
+
+def _fold_fake(
+    mean: Tensor, variance: Tensor, *params: Tensor, heads: int, **_: Any
+) -> tuple[Tensor, ...]:
+    dim = mean.shape[1]
+    shapes = ((heads, dim, dim), (heads, dim), (heads, dim, dim), (dim,))
+    scales = (mean.new_empty(mean.shape) for _ in range(2))
+    return *scales, *(mean.new_empty(shape) for shape in shapes)
+
+
+def _fold_backward_fake(*inputs: Any, **_: Any) -> tuple[Tensor, ...]:
+    mean, q = inputs[6], inputs[14]
+    norms = (mean.new_empty(mean.shape) for _ in range(4))
+    weights = (q.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[14:])
+    return *norms, *weights
+
+
+_fold_backward_op = define(
+    "conv_attention",
+    "fold_backward",
+    "(Tensor dscale, Tensor dshift, Tensor dwq, Tensor dbq, Tensor dwo, Tensor dbo, "
+    f"{_PARAMETERS}) -> ({', '.join(['Tensor'] * 12)})",
+    _fold_backward_fake,
+)
+
+
+def _fold_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs)
+
+
+def _fold_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    found = _fold_backward_op(*gradients, *inputs, **ctx.options)
+    dmean, dvariance, dweight, dbias, *rest = found
+    norms = [t[i] for i in range(len(dweight)) for t in (dweight, dbias)]
+    norms = [g.to(t.dtype) for g, t in zip(norms, inputs[2:], strict=False)]
+    weights = [None if t is None else g for g, t in zip(rest, inputs[8:], strict=True)]
+    return dmean, dvariance, *norms, *[None] * (6 - len(norms)), *weights
+
+
+fold = define(
+    "conv_attention",
+    "fold",
+    f"({_PARAMETERS}) -> ({', '.join(['Tensor'] * 6)})",
+    _fold_fake,
+    setup_context=_fold_context,
+    backward=_fold_backward,
 )
 
 

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eqcvt.ops import _backend
-from eqcvt.ops._conv_attention import attend, project
+from eqcvt.ops._conv_attention import attend, fold, project
 from eqcvt.ops._register import as_autocast, autocast, parameter, parameter_dtype, seed_of
-from eqcvt.ops.norm import affine, batch_moments, batch_norm, layer_norm
+from eqcvt.ops.norm import affine, batch_moments, batch_norm, layer_norm, unbiased
 
 
 class Depthwise(NamedTuple):
@@ -184,7 +184,8 @@ def conv_attention(
         norm: layer normalisation of ``x`` before the projections; None where ``x`` has had it.
         heads: number of heads; the scores are scaled by ``d ** -0.5`` of the head dimension ``d``.
         kv_stride: stride of the key and value projections.
-        dropout: probability that an entry of the projected output is dropped; 0 in evaluation.
+        dropout: probability that an entry of the projected output is dropped, 0 in evaluation;
+            kernels round it to 1 / 65536.
         eps: added to the variances.
         process_group: processes that share their batch statistics.
         backend: a backend's name; None for the one in force.
@@ -342,16 +343,18 @@ def _fold(w: Pointwise, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     return wq.contiguous(), bq, wo.contiguous(), bo
 
 
-def _affine(
+def _moments(
     projections: Sequence[Depthwise],
     mean: Tensor,
     variance: Tensor,
     counts: Sequence[int],
     dtype: torch.dtype,
-    eps: float,
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, tuple[Statistics | None, ...]]:
-    """Return the norms of the projections as scale and shift ``[P, D]``, and their statistics."""
+    """Return the moments ``[P, D]`` that the projections are normalised with, and the batch's."""
+    if process_group is None and all(p.running is None for p in projections):
+        means, variances = mean.detach(), unbiased(variance.detach(), counts[: len(variance)])
+        return mean, variance, tuple(zip(means.unbind(), variances, strict=True))
     moments: list[Statistics] = []
     statistics: list[Statistics | None] = []
     for i, p in enumerate(projections):
@@ -359,15 +362,20 @@ def _affine(
             moments.append((p.running[0].to(dtype), p.running[1].to(dtype)))
             statistics.append(None)
         else:
-            own, spread, unbiased = batch_moments(mean[i], variance[i], counts[i], process_group)
+            own, spread, whole = batch_moments(mean[i], variance[i], counts[i], process_group)
             moments.append((own, spread))
-            statistics.append((own.detach(), unbiased))
-    if process_group is not None or not all(statistics):  # else they are stacked already
-        mean, variance = (torch.stack(each) for each in zip(*moments, strict=True))
+            statistics.append((own.detach(), whole))
+    mean, variance = (torch.stack(each) for each in zip(*moments, strict=True))
+    return mean, variance, tuple(statistics)
+
+
+def _affine(
+    projections: Sequence[Depthwise], mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the norms of the projections as scale and shift ``[P, D]``."""
     weight = torch.stack([p.weight for p in projections])
     bias = torch.stack([p.bias for p in projections])
-    scale, shift = affine(mean, variance, weight, bias, eps)
-    return scale, shift, tuple(statistics)
+    return affine(mean, variance, weight, bias, eps)
 
 
 def _conv_attention_fused(
@@ -412,43 +420,56 @@ def _conv_attention_fused(
     )
     counts = [batch * n for n in (a.shape[1], b.shape[1], b.shape[1])]
     with torch.autocast(x.device.type, enabled=False):
-        scale, shift, statistics = _affine(
-            projections, mean, variance, counts, dtype, eps, process_group
+        mean, variance, statistics = _moments(
+            projections, mean, variance, counts, dtype, process_group
         )
         tokens = residual.permute(0, 2, 3, 1).reshape(batch, height * width, dim).contiguous()
-        c = None if v is None else c
+        raw = (a, b, None if v is None else c)
         if _folds(x, w, heads):
-            y = _folded(backend, (a, b, c), tokens, scale, shift, w, heads, dropout)
+            folded = _parameters(backend, projections, mean, variance, w, heads, eps)
+            y = _folded(backend, raw, tokens, folded, dropout)
         else:
-            y = _unfolded((a, b, c), tokens, scale, shift, w, heads, dropout)
+            scale, shift = _affine(projections, mean, variance, eps)
+            y = _unfolded(raw, tokens, scale, shift, w, heads, dropout)
     return y.reshape(batch, height, width, dim).permute(0, 3, 1, 2), statistics
+
+
+def _parameters(
+    backend: str,
+    projections: Sequence[Depthwise],
+    mean: Tensor,
+    variance: Tensor,
+    w: Pointwise,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Return ``scale`` and ``shift`` of the norms, and the weights folded."""
+    if not _backend.has("conv_attention", backend, "fold"):
+        return *_affine(projections, mean, variance, eps), *_fold(w, heads, mean.dtype)
+    norms = [t for p in projections for t in (p.weight, p.bias)]
+    absent = [None] * (6 - len(norms))
+    found: tuple[Tensor, ...] = fold(
+        mean, variance, *norms, *absent, *w, heads=heads, eps=eps, backend=backend
+    )
+    return found
 
 
 def _folded(
     backend: str,
     raw: tuple[Tensor, Tensor, Tensor | None],
     tokens: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    w: Pointwise,
-    heads: int,
+    parameters: tuple[Tensor, ...],
     dropout: float,
 ) -> Tensor:
     """Return the result ``[B, N, D]`` by the kernels of ``backend``, from raw projections."""
-    a, b, c = raw
-    same = tokens.dtype == a.dtype
-    folded = _fold(w, heads, scale.dtype)
-    inputs = (a, b, c, tokens, scale, shift, *folded)
+    same = tokens.dtype == raw[0].dtype
+    inputs = (*raw, tokens, *parameters)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y: Tensor = attend(
-        a,
-        b,
-        c,
+        *raw,
         tokens if same else None,
-        scale,
-        shift,
-        *folded,
-        seed_of(a, dropout),
+        *parameters,
+        seed_of(raw[0], dropout),
         dropout=dropout,
         save=save,
         backend=backend,

@@ -10,6 +10,7 @@ normalisation takes them per token, over the second axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,9 +115,7 @@ def batch_moments(
         ValueError: without ``process_group``, if there is only one value per channel.
     """
     if process_group is None:
-        if count == 1:
-            raise ValueError("batch statistics need more than one value per channel")
-        return mean, variance, variance.detach() * (count / max(count - 1, 1))
+        return mean, variance, unbiased(variance.detach().unsqueeze(0), [count])[0]
     dtype = mean.dtype
     wide = mean.double()  # float32 does not count the pixels of a large batch
     summed = _all_sum(torch.cat([wide * count, wide.new_full((1,), count)]), process_group)
@@ -124,8 +123,20 @@ def batch_moments(
     centre = summed[:-1] / total
     spread = variance.double() + (wide - centre).square()
     wide = _all_sum(spread * count, process_group) / total
-    unbiased = wide.detach() * total / (total - 1).clamp_min(1)
-    return centre.to(dtype), wide.to(dtype), unbiased.to(dtype)
+    whole = wide.detach() * total / (total - 1).clamp_min(1)
+    return centre.to(dtype), wide.to(dtype), whole.to(dtype)
+
+
+def unbiased(variance: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """Return the rows of biased variances ``[P, F]`` of so many values each, unbiased.
+
+    Raises:
+        ValueError: if a row is of only one value per channel.
+    """
+    if 1 in counts:
+        raise ValueError("batch statistics need more than one value per channel")
+    factors = [count / max(count - 1, 1) for count in counts]
+    return torch._foreach_mul(variance.unbind(), factors)
 
 
 def batch_norm(
