@@ -538,15 +538,14 @@ def test_what_a_call_holds_is_little() -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "capabilities", "spilled"),
-    [("bfloat16 3x", "80 90", 0), ("tf32 3x", "90", 16), ("float32 1x", "80 90", 8)],
+    ("calls", "capability", "spilled"),
+    [("bfloat16 3x", "90", 0), ("tf32 3x", "90", 16), ("float32 1x", "80", 8)],
 )
 def test_kernels_assemble_without_spills_within_shared_memory(
-    calls: str, capabilities: str, spilled: int
+    calls: str, capability: str, spilled: int
 ) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "EQCVT_AOT": calls}
-    command = [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls"]
-    command += capabilities.split()
+    command = [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls", capability]
     lines = subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True
     ).stdout.splitlines()

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX") or "g++")
 CASES = "40"
+SETS = native.build_info().get("instruction_sets_here", ("portable",))
 
 pytestmark = [
     pytest.mark.skipif(
@@ -64,7 +65,8 @@ def call(command: list[str]) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("isa", native.build_info().get("instruction_sets_here", ("portable",)))
+# The narrowest and the widest: what lies between is the same source with other vectors.
+@pytest.mark.parametrize("isa", sorted({SETS[0], SETS[-1]}))
 def test_random_shapes_stay_inside_their_memory(tmp_path: Path, isa: str) -> None:
     program = compiled(
         tmp_path,
