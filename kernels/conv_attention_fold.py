@@ -19,10 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launches
 from .common import cdiv, padded
-
-# Rows and columns of a tile: the smallest of which one tile is EqCvT's channels.
-BLOCK = 32
 
 
 @triton.jit
@@ -133,12 +131,12 @@ def _conv_attention_fold_kernel(
             if HAS_OUT_BIAS:
                 bo = _load(out_bias_ptr, o_j, m_j)
             if HAS_V_BIAS:
-                for first in range(0, WIDTH, BLOCK_E):
-                    o_e = first + tl.arange(0, BLOCK_E)
-                    m_e = o_e < WIDTH
-                    m_ej = m_e[:, None] & m_j[None, :]
-                    out = _load(out_ptr, o_e[:, None] + o_j[None, :] * WIDTH, m_ej)
-                    bo += tl.sum(_load(v_bias_ptr, o_e, m_e)[:, None] * out, 0)
+                for column in range(0, WIDTH, BLOCK_E):
+                    o_c = column + tl.arange(0, BLOCK_E)
+                    m_c = o_c < WIDTH
+                    o_cj = o_c[:, None] + o_j[None, :] * WIDTH
+                    outputs = _load(out_ptr, o_cj, m_c[:, None] & m_j[None, :])
+                    bo += tl.sum(_load(v_bias_ptr, o_c, m_c)[:, None] * outputs, 0)
             tl.store(bo_ptr + o_j, bo, mask=m_j)
             for row in tl.static_range(0, 3 if HAS_C else 2):
                 _store_affine(
@@ -312,6 +310,14 @@ def _conv_attention_fold_bwd_kernel(
             )
 
 
+def _launch(kernel: str, mean: Tensor, head: int, dim: int) -> launches.Launch:
+    """Return how a kernel is launched, its tiles no larger than the matrices."""
+    launch = launches.find(kernel, mean)
+    launch["BLOCK_E"] = min(launch["BLOCK_E"], padded(head))
+    launch["BLOCK_D"] = min(launch["BLOCK_D"], padded(dim))
+    return launch
+
+
 def _or(t: Tensor | None, other: Tensor) -> Tensor:
     """Return a contiguous tensor, or one that stands for none."""
     return other if t is None else t.contiguous()
@@ -360,8 +366,8 @@ def fold(
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     wq, wo = (mean.new_empty(heads, dim, dim) for _ in range(2))
     bq, bo = mean.new_empty(heads, dim), mean.new_empty(dim)
-    block = min(BLOCK, padded(dim))
-    blocks = cdiv(dim, block)
+    launch = _launch("conv_attention_fold", mean, head, dim)
+    blocks = cdiv(dim, launch["BLOCK_D"])
     _conv_attention_fold_kernel[(heads, blocks, blocks)](
         mean.contiguous(),
         variance.contiguous(),
@@ -378,13 +384,11 @@ def fold(
         width,
         HEAD=head,
         D=dim,
-        BLOCK_E=min(BLOCK, padded(head)),
-        BLOCK_D=block,
         HAS_C=weight_c is not None,
         HAS_Q_BIAS=q_bias is not None,
         HAS_V_BIAS=v_bias is not None,
         HAS_OUT_BIAS=out_bias is not None,
-        num_warps=4,
+        **launch,
     )
     return scale, shift, wq, bq, wo, bo
 
@@ -429,8 +433,9 @@ def fold_backward(
     weights = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, out)]
     given = (q_bias, k_bias, v_bias, out_bias)
     biases = [q.new_empty(0) if t is None else torch.empty_like(t) for t in given]
-    block, block_e = min(BLOCK, padded(dim)), min(BLOCK, padded(head))
-    _conv_attention_fold_bwd_kernel[(heads, cdiv(head, block_e), cdiv(dim, block))](
+    launch = _launch("conv_attention_fold_bwd", mean, head, dim)
+    grid = heads, cdiv(head, launch["BLOCK_E"]), cdiv(dim, launch["BLOCK_D"])
+    _conv_attention_fold_bwd_kernel[grid](
         *(t.contiguous() for t in (dscale, dshift, dwq, dbq, dwo, dbo, mean, variance)),
         *(_or(t, q) for t in (weight_a, weight_b, weight_c, q, k, v, out, q_bias, v_bias)),
         *norms,
@@ -441,13 +446,11 @@ def fold_backward(
         width,
         HEAD=head,
         D=dim,
-        BLOCK_E=block_e,
-        BLOCK_D=block,
         HAS_C=weight_c is not None,
         HAS_Q_BIAS=q_bias is not None,
         HAS_K_BIAS=k_bias is not None,
         HAS_V_BIAS=v_bias is not None,
         HAS_OUT_BIAS=out_bias is not None,
-        num_warps=4,
+        **launch,
     )
     return *norms, *weights, *biases

@@ -44,9 +44,9 @@ class Kernel(NamedTuple):
 
     BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor, HALVES
     whether TF32 products are made of bfloat16 ones, PRODUCTS of how many bfloat16 exponentials one
-    is made by multiplications (0: none); the rest are Triton's options. ``rows`` is the field that
-    counts the rows of a matrix product whose result is a factor of the next: there Triton stacks
-    all warps.
+    is made by multiplications (0: none), REGISTERS how many a thread may have (0: as many as the
+    assembler likes); the rest are Triton's options. ``rows`` is the field that counts the rows of a
+    matrix product whose result is a factor of the next: there Triton stacks all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
@@ -85,6 +85,12 @@ KERNELS = {
         {"BLOCK_ROWS": (64, 128, 256, 512), "BLOCK_C": (4, 8, 16), **WARPS}, bits=(32,)
     ),
     "conv_attention_project_bwd": Kernel({**LANES, **WARPS}, WIDTHS),
+    "conv_attention_fold": Kernel(
+        {"BLOCK_E": (16, 32, 64), "BLOCK_D": (16, 32, 64), **WARPS}, bits=(32,)
+    ),
+    "conv_attention_fold_bwd": Kernel(
+        {"BLOCK_E": (16, 32, 64), "BLOCK_D": (16, 32, 64), **WARPS}, bits=(32,)
+    ),
     "conv_attention_keys": Kernel({"BLOCK_M": (32, 64, 128), **WARPS}, WIDTHS),
     "conv_attention_attend_fwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_M": TILE, "PRODUCTS": (0, 2, 4), **WARPS, **STAGES},
@@ -95,7 +101,9 @@ KERNELS = {
         {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "conv_attention_attend_bwd_keys": Kernel(
-        {"BLOCK_M": TILE, "BLOCK_N": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_M"
+        {"BLOCK_M": TILE, "BLOCK_N": TILE, "REGISTERS": (0, 128), **WARPS, **STAGES},
+        WIDTHS,
+        rows="BLOCK_M",
     ),
     "conv_attention_weights_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS

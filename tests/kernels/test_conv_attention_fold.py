@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -127,3 +132,32 @@ def test_a_key_bias_changes_nothing_and_has_a_gradient_of_zeros() -> None:
         assert torch.equal(mine, same)
     found = conv_attention.fold_backward(*results, *inputs, **settings)
     assert torch.equal(found[9], torch.zeros(32))
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The calls whose kernels are assembled: with as little as can be, and with all there is."""
+    for name in ("model", "odd, values, biases"):
+
+        def run(case: tuple[int, int, int, bool, bool] = CASES[name]) -> None:
+            inputs = [None if t is None else t.to("meta") for t in _parameters(*case)]
+            settings: dict[str, Any] = {"heads": case[1], "eps": 1e-5}
+            results = conv_attention.fold(*inputs, **settings)
+            conv_attention.fold_backward(*results, *inputs, **settings)
+
+        yield name, run
+
+
+def test_kernels_assemble_for_a_gpu() -> None:
+    lines = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls", "90"],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    reports = [json.loads(line) for line in lines]
+    assert len(reports) == 4
+    for report in reports:
+        assert report["spilled"] == 0, report
+        assert report["writes"], report
+        assert not report["undefined"], report
