@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import dropout as dropout_mask
 from . import launches
-from .common import cdiv, padded, power_of_2, precision
+from .common import add_product, cdiv, padded, power_of_2, precision
 from .conv_attention_keys import normalised_keys, tail
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -190,8 +190,7 @@ def _attend_keys(
     COLUMNS: tl.constexpr = total.shape[1]
     total += tl.sum(tl.reshape(p, [total.shape[0], BLOCK_M // COLUMNS, COLUMNS]), 1)
     v = k if SHARED else load_keys(v_ptr, first, M, D, BLOCK_D, BLOCK_M, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, total, top
+    return add_product(acc, p.to(v.dtype), v, M, PRECISION), total, top
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import dropout as dropout_mask
 from . import launches
-from .common import cdiv, padded, power_of_2, precision
+from .common import add_product, cdiv, padded, power_of_2, precision
 from .conv_attention_attend import (
     LN2,
     LOG2E,
@@ -85,7 +85,7 @@ def _query_gradient(
         p /= tl.where(total > 0, total, 1.0)[:, None]  # none in rows beyond the last
         delta = tl.sum(p * dp, 1)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), delta, total
+    return add_product(dq, ds.to(k.dtype), k, M, PRECISION), delta, total
 
 
 @triton.jit

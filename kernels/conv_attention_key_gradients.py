@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import cdiv, padded, power_of_2, precision, sum_rows
+from .common import add_product, cdiv, padded, power_of_2, precision, sum_rows
 from .conv_attention_attend import LN2, same_for_all
 
 # Marks of an image's tiles that are read at a time.
@@ -16,13 +16,13 @@ FLAGS = 1024
 
 
 @triton.jit
-def _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr):
+def _add_key_gradients(dk, dv, p, ds, q, do, ROWS, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr):
     """Add what one tile of queries gives to the gradients of one tile of keys and of values."""
     if ONE_SUM:
-        dk = tl.dot(p.to(do.dtype), do, dk, input_precision=PRECISION)
+        dk = add_product(dk, p.to(do.dtype), do, ROWS, PRECISION)
     else:
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
+        dv = add_product(dv, p.to(do.dtype), do, ROWS, PRECISION)
+    return add_product(dk, ds.to(q.dtype), q, ROWS, PRECISION), dv
 
 
 @triton.jit
@@ -70,12 +70,12 @@ def _key_gradients(
         p = tl.exp2(s)
         delta = tl.load(delta_ptr + row + o_n)[None, :]
         ds = p * (dp * LN2 - delta)
-        dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ONE_SUM, PRECISION)
+        dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ROWS, ONE_SUM, PRECISION)
         if PAIR:
             dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
             p1 = tl.exp2(s1 if BOUNDED else s1 - lse2)
             ds1 = p1 * (dp1 * LN2 - delta)
-            dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ONE_SUM, PRECISION)
+            dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ROWS, ONE_SUM, PRECISION)
     return dk, dv, dk1, dv1
 
 
