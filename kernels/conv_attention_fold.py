@@ -20,13 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
+from .batch_norm import store_affine, store_affine_gradients
 from .common import cdiv, padded
-
-
-@triton.jit
-def _rstd(variance_ptr, offsets, mask, eps):
-    variance = tl.load(variance_ptr + offsets, mask=mask, other=1.0)
-    return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
 
 @triton.jit
@@ -37,28 +32,6 @@ def _load(ptr, offsets, mask):
 @triton.jit
 def _store(ptr, offsets, value, mask):
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_affine(
-    row,
-    mean_ptr,
-    variance_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    eps,
-    o_d,
-    m_d,
-    D: tl.constexpr,
-):
-    """Write a norm as ``scale`` and ``shift``, row ``row`` of ``[P, D]``."""
-    o_r = row * D + o_d
-    scale = _load(weight_ptr, o_d, m_d) * _rstd(variance_ptr, o_r, m_d, eps)
-    mean = tl.load(mean_ptr + o_r, mask=m_d, other=0.0)
-    tl.store(scale_ptr + o_r, scale, mask=m_d)
-    tl.store(shift_ptr + o_r, _load(bias_ptr, o_d, m_d) - mean * scale, mask=m_d)
 
 
 @triton.jit
@@ -139,7 +112,7 @@ def _conv_attention_fold_kernel(
                     bo += tl.sum(_load(v_bias_ptr, o_c, m_c)[:, None] * outputs, 0)
             tl.store(bo_ptr + o_j, bo, mask=m_j)
             for row in tl.static_range(0, 3 if HAS_C else 2):
-                _store_affine(
+                store_affine(
                     row,
                     mean_ptr,
                     variance_ptr,
@@ -152,36 +125,6 @@ def _conv_attention_fold_kernel(
                     m_j,
                     D,
                 )
-
-
-@triton.jit
-def _store_norm_gradients(
-    row,
-    dscale_ptr,
-    dshift_ptr,
-    mean_ptr,
-    variance_ptr,
-    weight_ptr,
-    dmean_ptr,
-    dvariance_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    eps,
-    o_d,
-    m_d,
-    D: tl.constexpr,
-):
-    """Write the gradients of a norm's statistics and parameters, row ``row`` of ``[P, D]``."""
-    o_r = row * D + o_d
-    dscale = tl.load(dscale_ptr + o_r, mask=m_d, other=0.0)
-    dshift = tl.load(dshift_ptr + o_r, mask=m_d, other=0.0)
-    rstd = _rstd(variance_ptr, o_r, m_d, eps)
-    scale = _load(weight_ptr, o_d, m_d) * rstd
-    dweight = (dscale - tl.load(mean_ptr + o_r, mask=m_d, other=0.0) * dshift) * rstd
-    tl.store(dmean_ptr + o_r, -scale * dshift, mask=m_d)
-    tl.store(dvariance_ptr + o_r, -0.5 * dweight * scale * rstd, mask=m_d)
-    tl.store(dweight_ptr + o_r, dweight, mask=m_d)
-    tl.store(dbias_ptr + o_r, dshift, mask=m_d)
 
 
 @triton.jit
@@ -292,7 +235,7 @@ def _conv_attention_fold_bwd_kernel(
         if HAS_OUT_BIAS:
             _store(dout_bias_ptr, o_n, _load(dbo_ptr, o_n, m_n), m_n)
         for row in tl.static_range(0, 3 if HAS_C else 2):
-            _store_norm_gradients(
+            store_affine_gradients(
                 row,
                 dscale_ptr,
                 dshift_ptr,

@@ -78,6 +78,10 @@ KERNELS = {
         },
         bits=(32,),
     ),
+    **{
+        f"lift_{name}": Kernel({"BLOCK": (32, 64, 128, 256, 512, 1024), **WARPS}, bits=(32,))
+        for name in ("norm", "norm_bwd", "scale_bwd", "moments_bwd")
+    },
     "lift_blur": Kernel({"BLOCK": (32, 64, 128, 256), "ROWS": (4, 8, 16), **WARPS}),
     "lift_unblur": Kernel({"BLOCK": (32, 64, 128, 256), "ROWS": (16, 32, 48, 64, 128), **WARPS}),
     "conv_attention_project_fwd": Kernel({**LANES, **WARPS}, WIDTHS),

@@ -41,8 +41,20 @@ from . import launches
 from .common import refusal
 from .lift_blur import blur_and_pool, unblur
 from .lift_conv import AFFINE, GRADIENT, RAW, RELU, input_gradient_of, values
+from .lift_norm import moments_backward, norm, norm_backward, scale_gradient
 from .lift_sums import Sums
 from .lift_tile import factors, parts, plan, sizes
+
+__all__ = [
+    "apply",
+    "apply_backward",
+    "moments",
+    "moments_backward",
+    "moments_input",
+    "norm",
+    "norm_backward",
+    "supports",
+]
 
 
 def supports(
@@ -255,6 +267,4 @@ def apply_backward(
         if outs is not None:
             input_gradient_of(du, bank, scale, mask, outs[i], s)
     sums.finish(dshift, None, dbank, None)
-    view = scale.view(-1, 1, 1, 1, 1)
-    dscale = (dbank * bank.to(x.dtype)).sum((1, 2, 3, 4))
-    return dbank * view, dscale, dshift, dx
+    return *scale_gradient(dbank, bank, scale, x.dtype), dshift, dx

@@ -308,16 +308,21 @@ def _moments_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | Non
     dmean, dvariance = (zeros_if_none(g, mean) for g in gradients[:2])
     height, width = _grid(x, bank, stride, padding)
     count = max(x.shape[0] * bank.shape[1] * height * width, 1)
-    # The gradient by u is constant + slope u.
-    slope = dvariance * (2 / count)
-    constant = torch.addcmul(dmean / count, slope, mean, value=-1)
+    backend = ctx.options["backend"]
     dx = dbank = None
     if ctx.needs_input_grad[1]:
         if ctx.options["correlate"] is False:
             raise RuntimeError("lift_moments was called without correlate, but needs a gradient")
-        view = (-1, 1, 1, 1, 1)
-        dbank = torch.addcmul(slope.view(view) * ux, constant.view(view), ones_x)
+        if _backend.has("lift", backend, "moments_backward"):
+            dbank = _lift_moments_backward(
+                dmean, dvariance, mean, ux, ones_x, count=count, backend=backend
+            )
+        else:
+            view = (-1, 1, 1, 1, 1)
+            constant, slope = _by_response(dmean, dvariance, mean, count)
+            dbank = torch.addcmul(slope.view(view) * ux, constant.view(view), ones_x)
     if ctx.needs_input_grad[0]:
+        constant, slope = _by_response(dmean, dvariance, mean, count)
         dx = _lift_moments_input(
             x,
             bank,
@@ -326,11 +331,26 @@ def _moments_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | Non
             slope,
             stride=stride,
             padding=padding,
-            backend=ctx.options["backend"],
+            backend=backend,
         )
     return dx, dbank, None
 
 
+def _by_response(
+    dmean: Tensor, dvariance: Tensor, mean: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the moments by a response u, as ``constant + slope u``."""
+    slope = dvariance * (2 / count)
+    return torch.addcmul(dmean / count, slope, mean, value=-1), slope
+
+
+_lift_moments_backward = define(
+    "lift",
+    "moments_backward",
+    "(Tensor dmean, Tensor dvariance, Tensor mean, Tensor ux, Tensor ones_x, *, SymInt count)"
+    " -> Tensor",
+    lambda dmean, dvariance, mean, ux, *_, **__: ux.new_empty(ux.shape),
+)
 _lift_moments_input = define(
     "lift",
     "moments_input",
@@ -346,6 +366,36 @@ _lift_moments = define(
     _moments_fake,
     setup_context=_moments_context,
     backward=_moments_backward,
+)
+
+
+_lift_norm_backward = define(
+    "lift",
+    "norm_backward",
+    "(Tensor dscale, Tensor dshift, Tensor mean, Tensor variance, Tensor weight, Tensor bias, *,"
+    " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dscale, dshift, mean, *_, **__: tuple(mean.new_empty(mean.shape) for _ in range(4)),
+)
+
+
+def _norm_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs)
+
+
+def _norm_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    inputs = ctx.saved_tensors
+    found = _lift_norm_backward(*gradients, *inputs, **ctx.options)
+    return tuple(g.to(t.dtype) for g, t in zip(found, inputs, strict=True))
+
+
+_lift_norm = define(
+    "lift",
+    "norm",
+    "(Tensor mean, Tensor variance, Tensor weight, Tensor bias, *, float eps) -> (Tensor, Tensor)",
+    lambda mean, *_, **__: (mean.new_empty(mean.shape), mean.new_empty(mean.shape)),
+    setup_context=_norm_context,
+    backward=_norm_backward,
 )
 
 
@@ -461,7 +511,10 @@ def _lift_fused(
         mean, variance, unbiased = batch_moments(mean, variance, count, process_group)
     else:
         mean, variance = (t.to(dtype) for t in running)
-    scale, shift = affine(mean, variance, norm_weight, norm_bias, eps)
+    if _backend.has("lift", backend, "norm"):
+        scale, shift = _lift_norm(mean, variance, norm_weight, norm_bias, eps=eps, backend=backend)
+    else:
+        scale, shift = affine(mean, variance, norm_weight, norm_bias, eps)
     y, _ = _lift_apply(
         x, bank, mask, scale, shift, blur, blur_stride=blur_stride, pool=pool, **geometry
     )
