@@ -13,6 +13,8 @@ from .conv_attention_attend import LN2, same_for_all
 
 # Marks of an image's tiles that are read at a time.
 FLAGS = 1024
+# Queries that are multiplied at a time: more want too many registers.
+LARGEST_STEP = tl.constexpr(64)
 
 
 @triton.jit
@@ -46,9 +48,11 @@ def _key_gradients(
 ):
     """Walk over all queries; return the gradients of keys and values, and of a pair's second.
 
+    BLOCK_N queries are fetched at a time, and multiplied in tiles of STEP, as keys are elsewhere.
     BOUNDED: exponentials are what they are, since ``do`` and ``delta`` are divided by their sum.
     """
-    o_n = tl.arange(0, BLOCK_N)
+    STEP: tl.constexpr = BLOCK_N if BLOCK_N < LARGEST_STEP else LARGEST_STEP
+    o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
     o_q = o_n[:, None] * D + o_d[None, :]
@@ -57,25 +61,27 @@ def _key_gradients(
     dk1 = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
     dv1 = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
     tl.assume(ROWS > 0)
-    for row in tl.range(0, ROWS, BLOCK_N):
-        q = tl.load(q_ptr + row * D + o_q, mask=m_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        do = tl.load(do_ptr + row * D + o_q, mask=m_d, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [HALF, BLOCK_N]
-        if not BOUNDED:
-            lse2 = tl.load(lse2_ptr + row + o_n)[None, :]
-            s -= lse2
-        if PAIR:
-            s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p = tl.exp2(s)
-        delta = tl.load(delta_ptr + row + o_n)[None, :]
-        ds = p * (dp * LN2 - delta)
-        dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ROWS, ONE_SUM, PRECISION)
-        if PAIR:
-            dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
-            p1 = tl.exp2(s1 if BOUNDED else s1 - lse2)
-            ds1 = p1 * (dp1 * LN2 - delta)
-            dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ROWS, ONE_SUM, PRECISION)
+    for first in tl.range(0, ROWS, BLOCK_N):
+        for inner in tl.static_range(0, BLOCK_N, STEP):
+            row = first + inner
+            q = tl.load(q_ptr + row * D + o_q, mask=m_d, other=0.0)  # [STEP, BLOCK_D]
+            do = tl.load(do_ptr + row * D + o_q, mask=m_d, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [HALF, STEP]
+            if not BOUNDED:
+                lse2 = tl.load(lse2_ptr + row + o_n)[None, :]
+                s -= lse2
+            if PAIR:
+                s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            p = tl.exp2(s)
+            delta = tl.load(delta_ptr + row + o_n)[None, :]
+            ds = p * (dp * LN2 - delta)
+            dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ROWS, ONE_SUM, PRECISION)
+            if PAIR:
+                dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
+                p1 = tl.exp2(s1 if BOUNDED else s1 - lse2)
+                ds1 = p1 * (dp1 * LN2 - delta)
+                dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ROWS, ONE_SUM, PRECISION)
     return dk, dv, dk1, dv1
 
 

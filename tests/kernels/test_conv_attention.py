@@ -209,7 +209,7 @@ def test_keys_fetched_together_give_what_tiles_of_them_do(
         torch.testing.assert_close(a, b, rtol=0, atol=8 * torch.finfo(dtype).eps * most)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(16, 64), (32, 16)])
+@pytest.mark.parametrize(("queries", "keys"), [(16, 64), (32, 16), (32, 128)])
 def test_tiles_of_the_backward_kernels_need_not_fit(queries: int, keys: int) -> None:
     case = Attention(queries=37, batch=1, values=True)
     _, o, lse = conv_attention.attend(*case.forward(), dropout=0.2, save=True)
