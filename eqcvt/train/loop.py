@@ -162,6 +162,11 @@ class _Run:
         if config.cuda_graph and no_graph is not None:
             log.info("cuda_graph is not used: %s", no_graph)
             self.reporter.say(f"cuda_graph is not used: {no_graph}")
+        if not config.cuda_graph and no_graph is None:
+            self.reporter.say(
+                "a step's kernels are launched one by one, and the GPU may wait for that: "
+                "cuda_graph (--cuda-graph) replays them as one"
+            )
         make_writer = summary_writer() if config.tensorboard else None
         # Every process has read and checked all it needs before the first one changes anything.
         process.wait()

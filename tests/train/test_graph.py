@@ -324,6 +324,15 @@ def test_resumed_run_with_the_graph_is_bit_equal(
     assert without_times(train(half, resume=True, quiet=True).history) == expected
 
 
+def test_run_that_could_have_the_graph_is_told_of_it(
+    graphed_runs: list[Recorded], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for graph, told in ((False, True), (True, False)):
+        train(config(tmp_path, epochs=1, out=tmp_path / str(graph), cuda_graph=graph))
+        assert ("--cuda-graph" in capsys.readouterr().out) == told
+    assert len(graphed_runs) == 1
+
+
 def test_run_without_a_gpu_says_so_and_is_the_plain_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
