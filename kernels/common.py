@@ -34,6 +34,7 @@ def refusal(x: Tensor) -> str | None:
         return None if interpreted() else "runs on CUDA devices, not on the CPU"
     if x.device.type != "cuda":
         return f"runs on CUDA devices, not on {x.device.type}"
+    # torch.compile reads this function, and knows torch's own.
     capability = torch.cuda.get_device_capability(x.device)
     if capability < CAPABILITY:
         return f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
@@ -65,8 +66,7 @@ def programs(x: Tensor, per_multiprocessor: int, tiles: int) -> int:
     """Return how many programs share ``tiles``, so that all of them are resident at once."""
     if x.device.type != "cuda":
         return min(tiles, INTERPRETED_PROGRAMS)
-    count = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return min(tiles, count * per_multiprocessor)
+    return min(tiles, launches.properties(x.device).multiprocessors * per_multiprocessor)
 
 
 @triton.jit

@@ -145,11 +145,31 @@ _installed: dict[str, Launch] = {}
 
 def find(kernel: str, x: Tensor, shape: str = "any") -> Launch:
     """Return a copy of how ``kernel`` is launched on the device and for the dtype of ``x``."""
-    capability = INTERPRETER
-    if x.device.type != "cpu":
-        major, minor = torch.cuda.get_device_capability(x.device)
-        capability = 10 * major + minor
+    capability = INTERPRETER if x.device.type == "cpu" else properties(x.device).capability
     return dict(nearest(kernel, 8 * x.dtype.itemsize, shape, capability))
+
+
+class Properties(NamedTuple):
+    """What launches ask of a GPU: its class, 80 for compute capability 8.0, and its size."""
+
+    capability: int
+    multiprocessors: int
+
+
+def properties(device: torch.device) -> Properties:
+    """Return the properties of a GPU, asked of torch once: sixty launches a step want them."""
+    return _properties(device) if device.index is None else _properties_of(device.index)
+
+
+@functools.cache
+def _properties_of(index: int) -> Properties:
+    return _properties(index)
+
+
+def _properties(device: torch.device | int) -> Properties:
+    major, minor = torch.cuda.get_device_capability(device)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Properties(10 * major + minor, count)
 
 
 @functools.cache
