@@ -34,7 +34,7 @@ def keep_factor(
     Entry i of a contiguous tensor ``[rows, WIDTH]`` is kept iff number ``i & 7`` of the eight of 16
     bits, lowest first, in the four words of Philox4x32-10 with counter ``(i >> 3 low, i >> 3 high,
     STREAM, 0)`` and the seed as key is at least the threshold. Where rows are whole blocks of eight
-    numbers, each block is run once for its eight entries (about 9 operations an entry); else once
+    numbers, each block is run once for its eight entries (about 8 operations an entry); else once
     for every entry.
 
     Args:

@@ -157,7 +157,7 @@ class Properties(NamedTuple):
 
 
 def properties(device: torch.device) -> Properties:
-    """Return the properties of a GPU, asked of torch once: sixty launches a step want them."""
+    """Return the properties of a GPU, asked of torch once: some fifty launches a step want them."""
     return _properties(device) if device.index is None else _properties_of(device.index)
 
 

@@ -309,20 +309,23 @@ def _moments_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | Non
     height, width = _grid(x, bank, stride, padding)
     count = max(x.shape[0] * bank.shape[1] * height * width, 1)
     backend = ctx.options["backend"]
+    fused = _backend.has("lift", backend, "moments_backward")
+    if ctx.needs_input_grad[0] or not fused:
+        # The gradient by u is constant + slope u.
+        slope = dvariance * (2 / count)
+        constant = torch.addcmul(dmean / count, slope, mean, value=-1)
     dx = dbank = None
     if ctx.needs_input_grad[1]:
         if ctx.options["correlate"] is False:
             raise RuntimeError("lift_moments was called without correlate, but needs a gradient")
-        if _backend.has("lift", backend, "moments_backward"):
+        if fused:
             dbank = _lift_moments_backward(
                 dmean, dvariance, mean, ux, ones_x, count=count, backend=backend
             )
         else:
             view = (-1, 1, 1, 1, 1)
-            constant, slope = _by_response(dmean, dvariance, mean, count)
             dbank = torch.addcmul(slope.view(view) * ux, constant.view(view), ones_x)
     if ctx.needs_input_grad[0]:
-        constant, slope = _by_response(dmean, dvariance, mean, count)
         dx = _lift_moments_input(
             x,
             bank,
@@ -334,14 +337,6 @@ def _moments_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | Non
             backend=backend,
         )
     return dx, dbank, None
-
-
-def _by_response(
-    dmean: Tensor, dvariance: Tensor, mean: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the moments by a response u, as ``constant + slope u``."""
-    slope = dvariance * (2 / count)
-    return torch.addcmul(dmean / count, slope, mean, value=-1), slope
 
 
 _lift_moments_backward = define(
