@@ -86,7 +86,18 @@ def _key_gradients(
 
 
 @triton.jit
-def _store_key_gradient(
+def all_small(loose_ptr, largest_ptr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr):
+    """Whether none of an image's TILES is marked as one with scores that may be large."""
+    largest = tl.zeros([1], tl.float32)
+    for first in tl.static_range(0, TILES, BLOCK_TILES):
+        o_t = first + tl.arange(0, BLOCK_TILES)
+        loose = tl.load(loose_ptr + o_t, mask=o_t < TILES, other=0.0)
+        largest = tl.maximum(largest, tl.max(loose[:, None], 0))
+    return same_for_all(largest, largest_ptr) == 0
+
+
+@triton.jit
+def store_key_gradient(
     dk, raw_ptr, offsets, mask, scale_ptr, out_ptr, part_ptr, o_d, D: tl.constexpr
 ):
     """Write the gradient of raw keys or values, and its sums for their scale and shift."""
@@ -173,12 +184,9 @@ def _conv_attention_attend_bwd_keys_kernel(
 
     small = False
     if MAY_BOUND:
-        largest = tl.zeros([1], tl.float32)
-        for first in tl.static_range(0, TILES, BLOCK_TILES):
-            o_t = first + tl.arange(0, BLOCK_TILES)
-            loose = tl.load(loose_ptr + i_b * TILES + o_t, mask=o_t < TILES, other=0.0)
-            largest = tl.maximum(largest, tl.max(loose[:, None], 0))
-        small = same_for_all(largest, largest_ptr + tl.program_id(0)) == 0
+        small = all_small(
+            loose_ptr + i_b * TILES, largest_ptr + tl.program_id(0), TILES, BLOCK_TILES
+        )
     if small:
         dk, dv, dk1, dv1 = _key_gradients(
             k,
@@ -225,16 +233,16 @@ def _conv_attention_attend_bwd_keys_kernel(
     parts_ptr += tl.program_id(0).to(tl.int64) * HALVES * PARTS * D
     parts1_ptr = parts_ptr + PARTS * D
     scale_ptr += D
-    _store_key_gradient(dk, b_ptr, offsets, mask, scale_ptr, db_ptr, parts_ptr, o_d, D)
+    store_key_gradient(dk, b_ptr, offsets, mask, scale_ptr, db_ptr, parts_ptr, o_d, D)
     if PAIR:
-        _store_key_gradient(dk1, b_ptr, offsets1, mask1, scale_ptr, db_ptr, parts1_ptr, o_d, D)
+        store_key_gradient(dk1, b_ptr, offsets1, mask1, scale_ptr, db_ptr, parts1_ptr, o_d, D)
     if not SHARED:
         scale_ptr += D
         parts_ptr += 2 * D
         parts1_ptr += 2 * D
-        _store_key_gradient(dv, c_ptr, offsets, mask, scale_ptr, dc_ptr, parts_ptr, o_d, D)
+        store_key_gradient(dv, c_ptr, offsets, mask, scale_ptr, dc_ptr, parts_ptr, o_d, D)
         if PAIR:
-            _store_key_gradient(dv1, c_ptr, offsets1, mask1, scale_ptr, dc_ptr, parts1_ptr, o_d, D)
+            store_key_gradient(dv1, c_ptr, offsets1, mask1, scale_ptr, dc_ptr, parts1_ptr, o_d, D)
 
 
 def key_gradients(

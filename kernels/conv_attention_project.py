@@ -33,7 +33,7 @@ def load_filters(filters_ptr, o_d, m_d, TAPS: tl.constexpr):
     filters = ()
     for tap in tl.static_range(TAPS):
         tapped = tl.load(filters_ptr + o_d * TAPS + tap, mask=m_d, other=0.0)
-        filters = filters + (tapped[None, :],)  # noqa: RUF005
+        filters = filters + (tapped[None, :],)
     return filters
 
 
@@ -61,7 +61,7 @@ def load_row(
     for j in tl.static_range(WIDE):
         mask = within(row, left + j, H, W)[:, None] & m_d[None, :]
         x = tl.load(p_x + (row * stride_xh + j * stride_xw), mask=mask, other=0.0)
-        pixels = pixels + (x,)  # noqa: RUF005
+        pixels = pixels + (x,)
     return pixels
 
 
@@ -88,7 +88,7 @@ def _normalised(
             unit, _rstd = normalise(x, m_d, eps, D)
             mask = within(row, left + j, H, W)[:, None] & m_d[None, :]
             x = tl.where(mask, unit * norm_weight[None, :] + norm_bias[None, :], 0.0)
-        pixels = pixels + (x,)  # noqa: RUF005
+        pixels = pixels + (x,)
     return pixels
 
 

@@ -64,9 +64,9 @@ def _load_gradients(
     for j in tl.static_range(WIDE):
         mask = _seen(row, column + j, OH, OW, APART)[:, None] & m_d[None, :]
         place = o_t + row // APART * OW * D + ((column.to(tl.int64) + j) // APART * D)[:, None]
-        gradients = gradients + (tl.load(dt_ptr + place, mask=mask, other=0.0),)  # noqa: RUF005
+        gradients = gradients + (tl.load(dt_ptr + place, mask=mask, other=0.0),)
         if MOMENTS:
-            tokens = tokens + (tl.load(t_ptr + place, mask=mask, other=0.0),)  # noqa: RUF005
+            tokens = tokens + (tl.load(t_ptr + place, mask=mask, other=0.0),)
     return gradients + tokens
 
 
@@ -93,7 +93,7 @@ def _total_gradients(
             g += dmean[None, :] + dvariance[None, :] * (t - mean[None, :])
             mask = _seen(row, column + j, OH, OW, APART)[:, None] & m_d[None, :]
             g = tl.where(mask, g, 0.0)
-        gradients = gradients + (g,)  # noqa: RUF005
+        gradients = gradients + (g,)
     return gradients
 
 
@@ -193,9 +193,9 @@ def _add_taps(
                 + (x + HALO - tap % SIZE) // STRIDE
             ]
             dz += g * filters[tap]
-            added = added + (dfilters[tap] + g * z,)  # noqa: RUF005
+            added = added + (dfilters[tap] + g * z,)
         else:
-            added = added + (dfilters[tap],)  # noqa: RUF005
+            added = added + (dfilters[tap],)
     return dz, added
 
 

@@ -45,8 +45,10 @@ class Kernel(NamedTuple):
     BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor, HALVES
     whether TF32 products are made of bfloat16 ones, PRODUCTS of how many bfloat16 exponentials one
     is made by multiplications (0: none), REGISTERS how many a thread may have (0: as many as the
-    assembler likes); the rest are Triton's options. ``rows`` is the field that counts the rows of a
-    matrix product whose result is a factor of the next: there Triton stacks all warps.
+    assembler likes), HELD how many tiles of keys a program holds to make all of attention's
+    gradients in one pass (0: two kernels make two); the rest are Triton's options. ``rows`` is the
+    field that counts the rows of a matrix product whose result is a factor of the next: there
+    Triton stacks all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
@@ -109,6 +111,10 @@ KERNELS = {
         WIDTHS,
         rows="BLOCK_M",
     ),
+    "conv_attention_attend_bwd": Kernel(
+        {"HELD": (0, 8, 4), "num_warps": (4,), **STAGES}, ("D32",), (16,)
+    ),
+    "conv_attention_attend_bwd_finish": Kernel({"BLOCK_M": (8, 16, 32, 64), **WARPS}, bits=(16,)),
     "conv_attention_weights_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS
     ),

@@ -35,9 +35,9 @@ def _line(line_ptr, TAPS: tl.constexpr, REVERSED: tl.constexpr):
     line = ()
     for i in tl.static_range(TAPS):
         if line_ptr is None:
-            line = line + (1.0,)  # noqa: RUF005
+            line = line + (1.0,)
         else:
-            line = line + (tl.load(line_ptr + (TAPS - 1 - i if REVERSED else i)),)  # noqa: RUF005
+            line = line + (tl.load(line_ptr + (TAPS - 1 - i if REVERSED else i)),)
     return line
 
 
@@ -51,8 +51,8 @@ def _add_row(sums, row, line, TAPS: tl.constexpr):
         done = sums[0] + row * line[TAPS - 1]
         rest = ()
         for i in tl.static_range(1, TAPS - 1):
-            rest = rest + (sums[i] + row * line[TAPS - 1 - i],)  # noqa: RUF005
-        rest = rest + (row * line[0],)  # noqa: RUF005
+            rest = rest + (sums[i] + row * line[TAPS - 1 - i],)
+        rest = rest + (row * line[0],)
     return done, rest
 
 
@@ -103,13 +103,13 @@ def _across(columns, line, lane, SHIFT: tl.constexpr, TAPS: tl.constexpr, LANES:
         b = columns[i & 3]
         if i >> 2 != 0:
             b = tl.gather(b, (lane + (i >> 2)) & (LANES - 1), 0)
-        window = window + (b,)  # noqa: RUF005
+        window = window + (b,)
     across = ()
     for c in tl.static_range(COLUMNS):
         b = window[c] * line[0]
         for j in tl.static_range(1, TAPS):
             b += window[c + j] * line[j]
-        across = across + (b,)  # noqa: RUF005
+        across = across + (b,)
     return across
 
 
@@ -151,7 +151,7 @@ def _lift_blur_kernel(
     for g in tl.range(G):
         rows = ()
         for i in tl.static_range((ROWS - 1) * STRIDE + TAPS):
-            rows = rows + (_columns(p_v + i * pitch),)  # noqa: RUF005
+            rows = rows + (_columns(p_v + i * pitch),)
         p_v += H1 * pitch
         best_now = ()
         arg_now = ()
@@ -161,7 +161,7 @@ def _lift_blur_kernel(
                 b = rows[r * STRIDE][c] * line[0]
                 for j in tl.static_range(1, TAPS):
                     b += rows[r * STRIDE + j][c] * line[j]
-                down = down + (b,)  # noqa: RUF005
+                down = down + (b,)
             values = _across(down, line, lane, 0, TAPS, LANES)
             largest = ()
             winner = ()
@@ -169,10 +169,10 @@ def _lift_blur_kernel(
                 # The first NaN wins, else the first of the largest: whoever changes the maximum.
                 more = tl.maximum(best[r][c], values[c], propagate_nan=tl.PropagateNan.ALL)
                 same = more.to(tl.int32, bitcast=True) == best[r][c].to(tl.int32, bitcast=True)
-                largest = largest + (more,)  # noqa: RUF005
-                winner = winner + (tl.where(same, arg[r][c], g),)  # noqa: RUF005
-            best_now = best_now + (largest,)  # noqa: RUF005
-            arg_now = arg_now + (winner,)  # noqa: RUF005
+                largest = largest + (more,)
+                winner = winner + (tl.where(same, arg[r][c], g),)
+            best_now = best_now + (largest,)
+            arg_now = arg_now + (winner,)
         best = best_now
         arg = arg_now
     o_x = x[:, :, None] + tl.arange(0, COLUMNS)[None, None, :]
@@ -196,9 +196,9 @@ def _row(dy_ptr, arg_ptr, plane, y, x, H3, W3, STRIDE: tl.constexpr, POOL: tl.co
     for c in tl.static_range(COLUMNS):
         o = (x + c) // STRIDE
         m = m_y & (x + c >= 0) & ((x + c) % STRIDE == 0) & (o < W3)
-        b_dy = b_dy + (tl.load(dy_ptr + row + o, mask=m, other=0.0),)  # noqa: RUF005
+        b_dy = b_dy + (tl.load(dy_ptr + row + o, mask=m, other=0.0),)
         if POOL:
-            b_arg = b_arg + (tl.load(arg_ptr + row + o, mask=m, other=255),)  # noqa: RUF005
+            b_arg = b_arg + (tl.load(arg_ptr + row + o, mask=m, other=255),)
     return b_dy, b_arg
 
 
@@ -254,9 +254,9 @@ def _lift_unblur_kernel(
                 if POOL:
                     own = tl.where(b_arg[c] == g_first + g, own, 0.0)
                 done, rest = _add_row(sums[g][c], own, line, TAPS)
-                down = down + (done,)  # noqa: RUF005
-                rests = rests + (rest,)  # noqa: RUF005
-            still_open = still_open + (rests,)  # noqa: RUF005
+                down = down + (done,)
+                rests = rests + (rest,)
+            still_open = still_open + (rests,)
             values = _across(down, line, lane, 1 - TAPS, TAPS, LANES)
             m = m_x & (row >= skip) & (g_first + g < G)
             _store_columns(p_dv + (g * H1 + row) * pitch, values, m[:, :, None])

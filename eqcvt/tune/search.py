@@ -17,7 +17,12 @@ from eqcvt.tune.check import first_line
 # A candidate must be faster by more than what two measurements of one launch differ.
 GAIN = 0.98
 # Kernels whose time an entry decides, where it is not the kernel of its own name alone.
-DECIDES = {"lift_plan": ("lift_conv", "lift_sums", "lift_finish")}
+DECIDES = {
+    "lift_plan": ("lift_conv", "lift_sums", "lift_finish"),
+    "conv_attention_attend_bwd": tuple(
+        f"conv_attention_attend_bwd{part}" for part in ("_queries", "_keys", "", "_finish")
+    ),
+}
 
 
 class Timer(Protocol):
