@@ -35,11 +35,16 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
 ]
 HALF = {"dtype": torch.float16, "width": 32}
+# The interpreter has no products of bfloat16.
+DTYPES = [torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 
 @contextmanager
 def _held(tiles: int, capability: int | None = None) -> Iterator[None]:
     """Have so many tiles of keys held, and the kernel that makes a second pass not be there."""
+    if capability is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
     capability = capability or launches.INTERPRETER
     name = "conv_attention_attend_bwd 16 D32"
     launch = launches.nearest(*name.split(" "), capability) | {"HELD": tiles}
@@ -79,9 +84,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_as_good_as_pytorch_s(name: str) -> None:
-    _check(Attention(**(HALF | CASES[name])), 4)
+def test_gradients_are_as_good_as_pytorch_s(name: str, dtype: torch.dtype) -> None:
+    _check(Attention(**(HALF | CASES[name] | {"dtype": dtype})), 4)
 
 
 def test_without_dropout_and_with_all_tiles_held() -> None:

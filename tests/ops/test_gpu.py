@@ -79,15 +79,28 @@ for _name, _test in vars(test_fast).items():
     if _name.startswith("test_") and any(part in _name for part in OF_ALL_BACKENDS):
         globals()[_name] = _test
 if importlib.util.find_spec("triton"):
-    from tests.kernels import test_conv_attention, test_lift, test_mlp_block, test_token_embed
+    from tests.kernels import (
+        test_conv_attention,
+        test_conv_attention_one_pass,
+        test_lift,
+        test_mlp_block,
+        test_token_embed,
+    )
     from tests.kernels.test_lift import tile  # noqa: F401  their fixture
 
-    for _module in (test_conv_attention, test_lift, test_mlp_block, test_token_embed):
+    for _module in (
+        test_conv_attention,
+        test_conv_attention_one_pass,
+        test_lift,
+        test_mlp_block,
+        test_token_embed,
+    ):
         _op = _module.__name__.rpartition(".")[2]
         for _name, _test in vars(_module).items():
             if _name.startswith("test_") and not any(part in _name for part in LEFT_OUT):
                 globals()[f"{_op}_by_triton_{_name[5:]}"] = _test
-    del test_conv_attention, test_lift, test_mlp_block, test_token_embed
+    del test_conv_attention, test_conv_attention_one_pass
+    del test_lift, test_mlp_block, test_token_embed
 del test_fast
 
 
