@@ -61,7 +61,7 @@ clean:  ## remove build products and caches (not .venv, demo/ or runs/)
 	find eqcvt kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready-venv:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "eqcvt needs Python 3.10 or newer, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "eqcvt needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % v[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo '$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv) or name another, as in make PYTHON=python3.11' >&2; exit 1; }
 	@test ! -e '$(VENV)' || test -e '$(VENV)/pyvenv.cfg' || { echo '$(VENV) exists and is no virtual environment: move it away or name another folder, as in make VENV=.env' >&2; exit 1; }
 	@test -x $(BIN)/python || echo 'Setting up $(VENV); the first time this downloads some hundred megabytes.'

@@ -186,7 +186,7 @@ def record(pytestconfig: pytest.Config, device: str) -> Record:
             "device": device_name(device),
             "versions": versions(),
             "commit": commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
         pytestconfig.stash[ROWS].append(row)
         if not pytestconfig.getoption("--quick"):

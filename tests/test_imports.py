@@ -47,7 +47,7 @@ ONLY = {"kernels": {"kernels"}, "data": {"data", "_check", "_files", "_machine"}
 HEAVY = {
     *("caustics", "matplotlib", "torchmetrics", "lightning_utilities", "typer", "rich"),
     *("onnx", "onnxruntime", "onnxscript", "tensorboard", "triton", "escnn", "einops", "sklearn"),
-    *("lenstronomy", "scipy", "PIL", "tomli_w", "tomli"),
+    *("lenstronomy", "scipy", "PIL", "tomli_w"),
 }
 # Not every Python follows the link to the kernels.
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

@@ -86,7 +86,7 @@ def test_wheel_carries_licence_command_and_metadata(built: tuple[set[str], Path]
     assert "eqcvt = eqcvt.cli:app" in archive.read(f"{info}/entry_points.txt").decode()
     metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
     assert metadata["License-Expression"] == "MIT"
-    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.11"
     needs = metadata.get_all("Requires-Dist") or []
     always = [need for need in needs if "extra ==" not in need]
     assert "torch>=2.11" in always

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -17,11 +17,6 @@ from eqcvt._check import AMP, amp_dtype, boolean, choice, fraction, integer, num
 from eqcvt._files import replacing
 from eqcvt.data import MODES
 from eqcvt.models import list_models
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")

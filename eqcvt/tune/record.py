@@ -75,7 +75,7 @@ class Record:
 
     def save(self) -> None:
         """Write the file, in the place of the one before."""
-        self.content["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+        self.content["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
         with replacing(self.path) as temporary:
             temporary.write_text(_text(self.content), encoding="utf-8")
 
