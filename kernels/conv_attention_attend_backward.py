@@ -241,7 +241,7 @@ def _conv_attention_attend_bwd_queries_kernel(
     FACTORS: tl.constexpr = 2 if TOGETHER else 1
     handed = offsets
     if TOGETHER:
-        handed += (o_n // TOGETHER * TOGETHER * D)[:, None]
+        handed = offsets + (o_n // TOGETHER * TOGETHER * D)[:, None]
 
     scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0)
     shift = tl.load(shift_ptr + o_d, mask=m_d, other=0.0)

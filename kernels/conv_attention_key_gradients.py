@@ -85,6 +85,11 @@ def _key_gradients(
     return dk, dv, dk1, dv1
 
 
+def flags_at_once(tiles: int) -> int:
+    """Return how many of an image's marks :func:`all_small` reads at a time."""
+    return min(power_of_2(tiles), FLAGS)
+
+
 @triton.jit
 def all_small(loose_ptr, largest_ptr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr):
     """Whether none of an image's TILES is marked as one with scores that may be large."""
@@ -299,7 +304,7 @@ def key_gradients(
         D=width,
         BLOCK_D=padded(width),
         TILES=tiles,
-        BLOCK_TILES=min(power_of_2(tiles), FLAGS),
+        BLOCK_TILES=flags_at_once(tiles),
         PAIR=pair,
         SHARED=c is None,
         MAY_BOUND=loose is not None,

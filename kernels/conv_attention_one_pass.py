@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import cdiv, padded, power_of_2, programs, sum_rows
+from .common import cdiv, padded, programs, sum_rows
 from .conv_attention_attend import LN2, LOG2E, load_keys
-from .conv_attention_key_gradients import all_small, store_key_gradient
+from .conv_attention_key_gradients import all_small, flags_at_once, store_key_gradient
 
 # A tile of queries, and one of keys: what one matrix unit of Hopper takes.
 TILE = 64
@@ -334,7 +334,7 @@ def gradients(
         TILE=TILE,
         HELD=tiles,
         TILES=flags,
-        BLOCK_TILES=power_of_2(flags),
+        BLOCK_TILES=flags_at_once(flags),
         MAY_BOUND=loose is not None,
         **held,
     )
