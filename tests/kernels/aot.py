@@ -186,6 +186,28 @@ def _undefined(code: str) -> bool:
     return False
 
 
+def in_process(calls: str, *capabilities: int, **environment: str) -> list[Report]:
+    """Assemble ``calls``, ``module:function``, where no interpreter is; assert what always holds.
+
+    ``environment`` is what the function reads.
+    """
+    command = [sys.executable, "-m", __name__, calls, *map(str, capabilities)]
+    environment = os.environ | {"TRITON_INTERPRET": "0"} | environment
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    found = []
+    for line in done.stdout.splitlines():
+        fields = json.loads(line)
+        fields.pop("call")
+        report = Report(**fields)
+        assert report.shared <= SHARED_LIMIT[report.capability], report
+        assert not report.beyond, report
+        assert not report.undefined, report
+        assert report.writes, report
+        found.append(report)
+    assert found
+    return found
+
+
 def reports(
     calls: Callable[[], Iterator[tuple[str, Callable[[], object]]]], capabilities: list[int]
 ) -> Iterator[tuple[str, Report]]:

