@@ -172,9 +172,10 @@ def load(path: str | Path, split: str | None = None) -> LensingImages:
 
     Raises:
         FileNotFoundError: Nothing there.
-        ValueError, TypeError: A file that cannot be read or does not fit; it is named.
+        ValueError, TypeError: A file that cannot be read or does not fit; it is named. A folder
+            with a set by the name of ``test``, ``valid`` or ``validation`` beside others.
     """
-    from eqcvt.data.folders import SPLITS, read_folder
+    from eqcvt.data.folders import HELD_OUT, SPLITS, read_folder
 
     path = Path(path)
     if not path.exists():
@@ -197,6 +198,14 @@ def load(path: str | Path, split: str | None = None) -> LensingImages:
             )
         return _read_npz(path)
     shards = sorted(p for p in path.glob("*.npz") if p.name[0] != "." and not p.is_dir())
+    sets = shards or sorted(path / name for name in (*SPLITS, *HELD_OUT) if (path / name).is_dir())
+    apart = next((p for p in sets if p.stem.lower() in HELD_OUT), None)
+    if apart is not None and len(sets) > 1:
+        other = next(p for p in sets if p != apart)
+        raise ValueError(
+            f"{path} is not one set: by its name {apart.name} is kept apart from {other.name}. "
+            f"Name one of them, such as {other}"
+        )
     return _join_shards(path, shards) if shards else read_folder(path)
 
 

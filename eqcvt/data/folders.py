@@ -12,6 +12,8 @@ import numpy.typing as npt
 from eqcvt.data.files import LensingImages, join, pixels, read_array
 
 SPLITS = ("train", "val")
+# What others call a set that no training is to see.
+HELD_OUT = ("test", "valid", "validation")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
 
 

@@ -246,6 +246,18 @@ def test_colour_and_arrays(tmp_path):
         assert data.images.shape == ((2, 6, 6) if number < 3 else (2, 3, 6, 6))
 
 
+def test_a_set_kept_apart_is_not_joined(tmp_path):
+    files, pictures = tmp_path / "files", tmp_path / "pictures"
+    for name in ("Test", "train"):
+        images_of().save(files / f"{name}.npz")
+        picture_folder(pictures / name.lower())
+    with pytest.raises(ValueError, match=r"Test.npz is kept apart from train.npz.*train.npz"):
+        load(files)
+    with pytest.raises(ValueError, match="test is kept apart from train"):
+        load(pictures)
+    assert len(load(files, split="train")) == 6
+
+
 def test_bad_folders_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no images: expected \.npz files, or one"):
