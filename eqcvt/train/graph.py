@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,8 +87,10 @@ class GraphedStep(Step):
 
     Read anew at each step: the batch, the random numbers, and the rate of each group of the
     optimizer, which becomes a tensor (set it by value or through torch's schedulers). Fixed by
-    recording: everything else. When the optimizer loads a state, the weights come to lie elsewhere
-    or the model changes between training and evaluation, the step warms up and records anew.
+    recording: everything else. When the optimizer loads a state or gets another setting, the
+    weights come to lie elsewhere, or what is trained or in training mode changes, the step warms up
+    and records anew. Schedulers that move momentum too (``OneCycleLR``, ``CyclicLR``) would have it
+    do so all the time: give them ``cycle_momentum=False``.
 
     A batch with another number of images, such as the last one of an epoch, is run without the
     graph.
@@ -125,12 +128,12 @@ class GraphedStep(Step):
                 "a CUDA graph needs an eqcvt.train.Average, whose update does not ask the host; "
                 f"got {type(self.average).__name__}"
             )
-        self._rates = [torch.zeros((), dtype=torch.float32, device=self._device) for _ in groups]
+        self._rates: list[Tensor] = []
         self._start_again()
 
     def _start_again(self) -> None:
         self._replay, self._left = None, self.warmup
-        self._recorded: list[int] = []
+        self._recorded: dict[str, list[Any]] = {}
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Take one step on a batch; returns the loss before it, without a gradient.
@@ -144,15 +147,15 @@ class GraphedStep(Step):
             return self._run(batch)
         for fixed, given in zip(self._batch, batch, strict=True):
             fixed.copy_(given)
-        if self._replay is not None and self._memory() != self._recorded:
-            log.info("recording the training step anew: what it works on was replaced")
+        if self._replay is not None and (changed := self._changed()):
+            log.warning("recording the training step anew: %s changed", changed)
             self._start_again()
         if self._left:
             self._left -= 1
             return self._run(self._batch)
         if self._replay is None:
             self._replay = self._recorder.record(lambda: self._launch(*self._batch))
-            self._recorded = self._memory()
+            self._recorded = self._fixed()
         return self._replay()
 
     def _run(self, batch: tuple[Tensor, ...]) -> Tensor:
@@ -182,16 +185,34 @@ class GraphedStep(Step):
 
     def _take_rates(self) -> None:
         """Copy rates that were set by value to where the graph reads them."""
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+        groups = self.optimizer.param_groups
+        while len(self._rates) < len(groups):
+            self._rates.append(torch.zeros((), dtype=torch.float32, device=self._device))
+        for group, rate in zip(groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.fill_(group["lr"])
                 group["lr"] = rate
 
-    def _memory(self) -> list[int]:
-        """Where the graph finds parameters and the optimizer's state, and the model's mode."""
-        state = self.optimizer.state
-        tensors = chain(state, *(values.values() for values in state.values()))
-        return [self.model.training, *map(Tensor.data_ptr, tensors)]
+    def _fixed(self) -> dict[str, list[Any]]:
+        """What a recording fixes, by what to call it."""
+        parameters, optimizer = list(self.model.parameters()), self.optimizer
+        state = chain.from_iterable(values.values() for values in optimizer.state.values())
+        tensors = chain(parameters, self.model.buffers(), optimizer.state, state)
+        settings = [name for name in optimizer.defaults if name != "lr"]
+        return {
+            "where tensors lie": [tensor.data_ptr() for tensor in tensors],
+            "which parameters are trained": [each.requires_grad for each in parameters],
+            "which modules are in training mode": [each.training for each in self.model.modules()],
+            **{
+                f"the optimizer's {name}": [group[name] for group in optimizer.param_groups]
+                for name in settings
+            },
+        }
+
+    def _changed(self) -> str:
+        """Name what is no longer as it was recorded."""
+        now = self._fixed()
+        return ", ".join(name for name, values in self._recorded.items() if values != now[name])
 
 
 def _described(batch: tuple[Tensor, ...]) -> str:

@@ -235,17 +235,49 @@ def test_model_that_is_not_on_a_gpu_is_refused() -> None:
         GraphedStep(model, torch.optim.Adam(model.parameters(), capturable=True))
 
 
-@pytest.mark.parametrize("change", ["optimizer", "model", "mode"])
-def test_replaced_state_is_recorded_anew(recorded: list[Recorded], change: str) -> None:
+CHANGES = {
+    "optimizer": "where tensors lie",
+    "model": "where tensors lie",
+    "buffer": "where tensors lie",
+    "mode": "which modules are in training mode",
+    "frozen norm": "which modules are in training mode",
+    "unfrozen": "which parameters are trained",
+    "betas": "the optimizer's betas",
+    "weight decay": "the optimizer's weight_decay",
+    "group": "where tensors lie, which parameters are trained, the optimizer's",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_replaced_state_is_recorded_anew(
+    recorded: list[Recorded], caplog: pytest.LogCaptureFixture, change: str
+) -> None:
     """A graph that kept on writing to memory nobody reads would train nothing, silently."""
     results = []
     for kind in (Step, GraphedStep):
-        step, batches = make(kind, tiny_model())
+        model = tiny_model()
+        model.lift[0].requires_grad_(change != "unfrozen")
+        step, batches = make(kind, model)
         take(step, batches, epochs=2)
+        group = step.optimizer.param_groups[0]
         if change == "optimizer":
             step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
         elif change == "mode":
             step.model.eval()
+        elif change == "frozen norm":
+            model.lift[0].norm.eval()
+        elif change == "buffer":
+            model.lift[0].norm.running_mean = torch.ones(2)
+        elif change == "unfrozen":
+            model.lift[0].requires_grad_(True)
+        elif change == "betas":
+            group["betas"] = (0.5, 0.9)
+        elif change == "weight decay":
+            group["weight_decay"] = 0.5
+        elif change == "group":
+            model.late = torch.nn.Parameter(torch.ones(4))
+            model.late.grad = torch.ones(4)
+            step.optimizer.add_param_group({"params": [model.late], "lr": 0.1})
         else:
             for parameter in step.model.parameters():
                 parameter.data = parameter.data.clone()
@@ -253,6 +285,20 @@ def test_replaced_state_is_recorded_anew(recorded: list[Recorded], change: str) 
         results.append(state_of(step))
     assert_equal(*results)
     assert (recorded[0].runs, recorded[0].recordings) == (6, 2)
+    assert f"recording the training step anew: {CHANGES[change]}" in caplog.text
+
+
+def test_schedules_of_momentum_are_followed(recorded: list[Recorded]) -> None:
+    losses: list[list[float]] = []
+    for kind in (Step, GraphedStep):
+        step, batches = make(kind, tiny_model())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(step.optimizer, 2.0**-7, 9)
+        losses.append([])
+        for places in [*batches.places()] * 3:
+            losses[-1].append(float(step(places)))
+            schedule.step()
+    assert recorded[0].replays > 0
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_what_waits_for_the_device_is_noticed(recorded: list[Recorded]) -> None:
