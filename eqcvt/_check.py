@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,6 +22,11 @@ def choice(what: str, given: object, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given).lower(), lower, n=1, cutoff=0.5)
     hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
     raise ValueError(f"{what} must be one of {', '.join(map(repr, names))}, got {given!r}{hint}")
+
+
+def plain(value: object) -> object:
+    """Return a NumPy number as Python's, which JSON and TOML can write; others as they are."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def integer(what: str, given: object, minimum: int = 1) -> int:
@@ -38,11 +44,12 @@ def integer(what: str, given: object, minimum: int = 1) -> int:
 
 def number(what: str, given: object) -> float:
     """Return ``given`` as a float if it is a finite number; otherwise raise."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
+    value = plain(given)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number, got {type(given).__name__} {given!r}")
-    if not math.isfinite(given):
-        raise ValueError(f"{what} must be finite, got {given}")
-    return float(given)
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be finite, got {value}")
+    return float(value)
 
 
 def boolean(what: str, given: object) -> bool:

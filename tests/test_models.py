@@ -249,8 +249,24 @@ def test_strided_deep_front_is_exact_at_its_sizes() -> None:
     assert max((t - logits[0]).abs().max().item() for t in logits) < 1e-12
 
 
-def test_numpy_integers_are_integers() -> None:
-    assert EqCvT(1, image_size=np.int64(33)).config["image_size"] == 33
+def test_numpy_s_numbers_are_numbers(tmp_path: Path) -> None:
+    stages = [Stage(np.int64(16), head_dim=np.int32(32), mlp_ratio=np.float32(2))]
+    numbers = {"image_size": np.int64(33), "num_classes": np.uint8(3), "dropout": np.float32(0.5)}
+    model = EqCvT(np.int64(1), stages=stages, mask_sigma=np.float64(2), **numbers)
+    model.save_pretrained(tmp_path)
+    again = EqCvT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert again.num_classes == 3
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> None:
+    EqCvT(1, image_size=33).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = EqCvT(1, image_size=33)
+    model.config["note"] = object()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        model.save_pretrained(tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_fresh_filters_start_as_those_of_torch_s_convolution() -> None:

@@ -106,7 +106,8 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         if arguments["head_hidden"] is not None:
             _check.integer("head_hidden", arguments["head_hidden"])
         _check.fraction("dropout", arguments["dropout"])
-        self.config = {"architecture": type(self).__name__, **arguments}
+        values = {name: _check.plain(value) for name, value in arguments.items()}
+        self.config = {"architecture": type(self).__name__, **values}
         self._hub_mixin_config = self.config
 
     @staticmethod
@@ -120,7 +121,9 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         """Create stages and head behind feature maps of ``channels`` and ``size`` pixels."""
         dropout = self.config["dropout"]
-        self.config["stages"] = [asdict(stage) for stage in stages]
+        self.config["stages"] = [
+            {name: _check.plain(value) for name, value in asdict(stage).items()} for stage in stages
+        ]
         self.stages, self.token_grids = nn.ModuleList(), []
         for stage in stages:
             self.stages.append(TransformerStage(channels, stage, dropout, symmetry))
@@ -254,11 +257,12 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
             push_to_hub: also upload it; further arguments go to ``huggingface_hub``.
         """
         folder = Path(save_directory)
+        config = json.dumps(self.config, indent=2) + "\n"
         with _files.replacing(folder / WEIGHTS) as path:
             state = {key: value.contiguous() for key, value in self.state_dict().items()}
             safetensors.torch.save_file(state, path, metadata={"format": "pt"})
         with _files.replacing(folder / CONFIG) as path:
-            path.write_text(json.dumps(self.config, indent=2) + "\n")
+            path.write_text(config)
         if push_to_hub:
             repo: str | None = self.push_to_hub(
                 repo_id=kwargs.pop("repo_id", folder.name), config=self.config, **kwargs

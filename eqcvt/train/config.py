@@ -8,12 +8,13 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import tomli_w
 import yaml
 
-from eqcvt._check import AMP, amp_dtype, boolean, choice, fraction, integer, number
+from eqcvt._check import AMP, amp_dtype, boolean, choice, fraction, integer, number, plain
 from eqcvt._files import replacing
 from eqcvt.data import MODES
 from eqcvt.models import list_models
@@ -248,17 +249,23 @@ def _betas(what: str, given: Any) -> tuple[float, float]:
 def _model_kwargs(what: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise TypeError(f"{what} must be a table of named arguments, got {given!r}")
-    return {key: _plain(value) for key, value in given.items()}
+    return {key: _plain(f"{what}[{key!r}]", value) for key, value in given.items()}
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses (such as a model's stages) as tables, tuples as lists, "none" as None."""
+def _plain(what: str, value: Any) -> Any:
+    """Dataclasses (a model's stages) as tables, tuples as lists, NumPy's numbers as Python's.
+
+    The text "none" becomes None.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(what, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(what, item) for item in value]
+    value = plain(value)
+    if not isinstance(value, (str, int, float, NoneType)):
+        raise TypeError(f"{what} must be made of numbers and texts, got {type(value).__name__}")
     return None if value == "none" else value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from eqcvt.train import TrainConfig
@@ -89,6 +90,13 @@ def test_toml_gives_back_what_was_saved(tmp_path: Path) -> None:
     given = make(model_kwargs={"fields": 3, "group": "D4"}, betas=[0.8, 0.99], warmup_epochs=2)
     assert TrainConfig.from_file(given.save(tmp_path / "a" / "run.toml")) == given
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["run.toml"]
+
+
+def test_numpy_s_numbers_are_numbers(tmp_path: Path) -> None:
+    given = make(model_kwargs={"fields": np.int64(3), "dropout": np.float32(0.5)}, lr=np.float64(1))
+    assert TrainConfig.from_file(given.save(tmp_path / "run.toml")) == given
+    with pytest.raises(TypeError, match=r"model_kwargs\['fields'\] must be made of .* got ndarray"):
+        make(model_kwargs={"fields": np.ones(2)})
 
 
 def test_yaml_reads_exponents_and_off(tmp_path: Path) -> None:
