@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from eqcvt import groups, ops
 from eqcvt.nn.norm import BatchNorm
+from eqcvt.nn.parts import check_parts
 
 
 class SteerableLift(nn.Module):
@@ -94,6 +95,7 @@ class SteerableLift(nn.Module):
         Returns:
             ``[B, F, H', W']`` with ``pool``, else ``[B, F, G, H', W']``.
         """
+        check_parts(self, "norm")
         y, mean, variance = ops.lift(
             x.flatten(1, 2) if self.regular else x,
             self.bank(),

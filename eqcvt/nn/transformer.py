@@ -11,6 +11,7 @@ from eqcvt import _check, ops
 from eqcvt.groups import Group
 from eqcvt.nn.filters import Filters
 from eqcvt.nn.norm import BatchNorm, LayerNorm, track
+from eqcvt.nn.parts import check_parts
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class TokenEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to tokens ``[B, D, H', W']``."""
+        check_parts(self, "norm")
         return ops.token_embed(
             x,
             self.filters(),
@@ -143,6 +145,7 @@ class DepthwiseProjection(nn.Module):
 
     def forward(self) -> ops.Depthwise:
         """Return the tensors the op takes."""
+        check_parts(self, "norm")
         norm = self.norm
         return ops.Depthwise(self.filters(), norm.weight, norm.bias, norm.running)
 
@@ -184,6 +187,7 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``[B, D, H, W]`` to tokens, the residual included."""
+        check_parts(self, "norm", "q", "k", "v", "out")
         projections = [p for p in (self.q_conv, self.k_conv, self.v_conv) if p is not None]
         y, statistics = ops.conv_attention(
             x,
@@ -239,6 +243,7 @@ class MlpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``[B, D, H, W]`` to tokens, the residual included."""
+        check_parts(self, "norm", "fc1", "fc2")
         return ops.mlp_block(
             x,
             self.norm.weight,
