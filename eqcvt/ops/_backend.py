@@ -234,6 +234,18 @@ def _standing(op: str, backend: str) -> tuple[str | None, bool]:
     return None, True
 
 
+def _transforms() -> str | None:
+    """Name what is taken of this call that registered ops, which have gradients only, lack.
+
+    Torch would take their tangents for zero. It has no public name for either state.
+    """
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return "forward-mode derivatives"
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return None
+    return "torch.func transforms (grad, vmap)"
+
+
 def choose(
     op: str,
     device: torch.device,
@@ -257,13 +269,11 @@ def choose(
     if requested == "reference" or _exporting():  # every op has one, on every device
         return "reference"
     _check.choice("EQCVT_BACKEND", requested, BACKENDS)
-    if getattr(forward_ad, "_current_level", -1) >= 0:  # torch has no public name for it
-        # The registered ops have gradients only, and torch would take their tangents for zero.
+    if transforms := _transforms():
         if requested == "auto":
             return "reference"
         raise CannotServe(
-            f"backend {requested!r} has no forward-mode derivatives of {op}; "
-            f"use_backend('reference') has"
+            f"backend {requested!r} has no {transforms} of {op}; use_backend('reference') has"
         )
     if requested != "auto":
         reason = _unavailable(requested, device.type) or supports(_modules[requested][op])

@@ -141,3 +141,23 @@ def test_forward_mode_derivatives_are_never_zero_for_want_of_one() -> None:
     with pytest.raises(ops.CannotServe, match="no forward-mode derivatives of mlp_block"):
         along("native")
     assert call(x).grad_fn is None  # and the choice is the fast one again
+
+
+@pytest.mark.needs("native")
+def test_transforms_of_torch_func_are_those_of_plain_pytorch() -> None:
+    stages = [{"dim": 8, "head_dim": 16}]
+    model = fast.EqCvT(1, image_size=33, fields=2, stages=stages, head_hidden=None).eval()
+    images = torch.rand(3, 1, 33, 33)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.func.functional_call(model, parameters, (image[None],))
+        return found.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    model(images).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(each[name].sum(0), parameter.grad, atol=1e-4, rtol=1e-4)
+    match = r"backend 'native' has no torch.func transforms \(grad, vmap\) of lift"
+    with eqcvt.use_backend("native"), pytest.raises(ops.CannotServe, match=match):
+        torch.func.grad(loss)(parameters, images[0])
