@@ -59,7 +59,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     cannot stay the object it is: a new fast model of the same weights, device, dtype and mode takes
     its place in the module that holds it, or is returned if it is ``model`` itself. Its parameters
     are new: make the optimiser, and wrap the model, afterwards. The filters are converted in
-    float32, and hooks are not carried over.
+    float32, and hooks are not carried over. A frozen model stays frozen.
 
     Args:
         model: a model, or a module with models among its submodules.
@@ -69,8 +69,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if there is nothing to accelerate.
-        ValueError: if an escnn model has no counterpart here, or is already wrapped for parallel
-            training or compiled. Nothing has been changed then.
+        ValueError: if an escnn model has no counterpart here, is frozen in part, or is already
+            wrapped for parallel training or compiled. Nothing has been changed then.
 
     Example:
         >>> import eqcvt
@@ -78,7 +78,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         'eqcvt.fast'
     """
     _check_module("accelerate", model)
-    if convert.is_published(model):
+    if convert.is_published(model) and not _wraps(model):
         return _converted(model)
     places = list(_published(model))
     new = {old: _converted(old) for old in dict.fromkeys(old for _, _, old in places)}
@@ -128,14 +128,18 @@ def _switch(module: nn.Module, classes: Mapping[type, type], backend: str | None
     return bool(found)
 
 
+def _wraps(module: nn.Module) -> bool:
+    return any(cls.__module__.startswith(_WRAPPERS) for cls in type(module).__mro__)
+
+
 def _published(parent: nn.Module, wrapper: str = "") -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield (module, name, child) wherever a child in ``parent`` has the published layout."""
-    if any(cls.__module__.startswith(_WRAPPERS) for cls in type(parent).__mro__):
+    if _wraps(parent):
         wrapper = type(parent).__name__
     for name, child in parent._modules.items():  # named_children leaves out a second name
         if child is None:
             continue
-        if not convert.is_published(child):
+        if _wraps(child) or not convert.is_published(child):
             yield from _published(child, wrapper)
         elif wrapper:
             raise ValueError(
@@ -149,5 +153,13 @@ def _published(parent: nn.Module, wrapper: str = "") -> Iterator[tuple[nn.Module
 def _converted(old: nn.Module) -> nn.Module:
     """Return the fast model of one of the published layout."""
     model = convert.from_escnn(old).to(next(old.parameters()).dtype)
+    # escnn's mask is a parameter that nobody trains.
+    trained = {p.requires_grad for name, p in old.named_parameters() if not name.endswith(".mask")}
+    if len(trained) > 1:
+        raise ValueError(
+            f"{type(old).__name__} is frozen in part, and its parameters have no one-to-one "
+            "counterparts here: accelerate the model first, then freeze parts of it"
+        )
+    model.requires_grad_(trained.pop())
     _switch(model, _FAST, None)
     return model

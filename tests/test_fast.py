@@ -387,10 +387,21 @@ def test_a_published_model_is_replaced_where_it_is_held(name: str) -> None:
 @pytest.mark.parametrize("wrap", ["DDP", "compiled"])
 def test_a_published_model_in_a_wrapper_is_refused_and_nothing_changed(wrap: str) -> None:
     plain, _ = pair("EqCvT")
-    whole = Classifier(plain, WRAPPERS[wrap](Classifier(published("CvT"))))
-    with pytest.raises(ValueError, match=r"AuthorModel would get new parameters, which the .* it"):
-        accelerate(whole)
+    refusal = r"AuthorModel would get new parameters, which the .* it"
+    for inner in (Classifier(published("CvT")), published("CvT")):
+        wrapped = WRAPPERS[wrap](inner)
+        for whole in (Classifier(plain, wrapped), wrapped):
+            with pytest.raises(ValueError, match=refusal):
+                accelerate(whole)
     assert type(plain) is eqcvt.EqCvT
+
+
+def test_a_frozen_published_model_stays_frozen() -> None:
+    old = published("CvT").requires_grad_(False)
+    assert not any(p.requires_grad for p in accelerate(old).parameters())
+    next(old.parameters()).requires_grad_(True)
+    with pytest.raises(ValueError, match="AuthorModel is frozen in part"):
+        accelerate(old)
 
 
 def test_a_published_model_without_a_counterpart_is_refused_and_nothing_changed() -> None:
