@@ -21,7 +21,8 @@ def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
     """Training and validation images.
 
     Raises:
-        FileNotFoundError, ValueError: from reading, or when the two sets do not fit each other.
+        FileNotFoundError, ValueError: from reading, when the two sets do not fit each other, or
+            when a class has no training images or is the only one.
     """
     root = Path(config.data)
     if config.val_data is not None:
@@ -39,6 +40,10 @@ def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
             raise ValueError(
                 f"training and validation images differ in {what}: {ours} and {theirs}"
             )
+    lacking = sorted(set(range(len(data.classes))) - set(np.unique(data.labels).tolist()))
+    if lacking or len(data.classes) < 2:
+        names = ", ".join(repr(data.classes[label]) for label in lacking) or "a second class"
+        raise ValueError(f"there are no training images of {names} (data={config.data!r})")
     return data, held_out
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -386,6 +387,8 @@ def small() -> LensingImages:
         ({"batch_size": 25}, "25 is more than the 24 training images: the largest allowed is 24"),
         ({"val_data": "small.npz"}, r"differ in size: \(33, 33\) and \(29, 29\)"),
         ({"val_data": "three.npz"}, r"differ in classes: \('no_sub', 'sub'\) and"),
+        ({"data": "ones.npz"}, "there are no training images of 'no_sub' .*ones.npz"),
+        ({"data": "one.npz", "val_data": "one.npz"}, "no training images of a second class"),
         ({"model_kwargs": {"in_channels": 3}}, "model_kwargs says in_channels=3, the data has 1"),
         ({"model_kwargs": {"num_classes": 3}}, "model_kwargs says num_classes=3, the data has 2"),
         ({"data": "flat.npz", "val_data": None}, "models take square images, got 33x29 pixels"),
@@ -400,6 +403,9 @@ def test_data_and_model_that_do_not_fit(
     rings(6, classes=3).save(tmp_path / "three.npz")
     replace(data, images=data.images[:, :, :29]).save(tmp_path / "flat.npz")
     replace(data, images=data.images[:, :32, :32]).save(tmp_path / "even.npz")
+    ones = replace(data, labels=np.ones(24, np.uint8))
+    ones.save(tmp_path / "ones.npz")
+    replace(ones, labels=np.zeros(24, np.uint8), classes=("lens",)).save(tmp_path / "one.npz")
     for key in ("data", "val_data"):
         if changes.get(key):
             changes = {**changes, key: tmp_path / changes[key]}
