@@ -125,7 +125,7 @@ def _walk(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def _conv_attention_attend_bwd_kernel(
     k_ptr,
     both_ptr,
@@ -235,7 +235,7 @@ def _conv_attention_attend_bwd_kernel(
             tl.store(sums_ptr + o_s, sums[t], mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def _conv_attention_attend_bwd_finish_kernel(
     b_ptr,
     sums_ptr,

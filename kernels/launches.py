@@ -112,7 +112,7 @@ KERNELS = {
         rows="BLOCK_M",
     ),
     "conv_attention_attend_bwd": Kernel(
-        {"HELD": (0, 8, 4), "num_warps": (4,), **STAGES}, ("D32",), (16,)
+        {"HELD": (0, 8, 4), "num_warps": (4,), "num_stages": (2, 3)}, ("D32",), (16,)
     ),
     "conv_attention_attend_bwd_finish": Kernel({"BLOCK_M": (8, 16, 32, 64), **WARPS}, bits=(16,)),
     "conv_attention_weights_bwd": Kernel(

@@ -220,22 +220,34 @@ class _Search:
                 return
             x = torch.empty(0, dtype=dtype, device=self.device)
             with use_backend("triton"), tf32(True):
-                users: dict[str, list[Callable[[], object]]] = {}
-                for options, image_gradient in cases.TIMED[op]:
-                    step = cases.step(op, options, image_gradient, x)
-                    for entry in entries_used(step):
-                        users.setdefault(entry, []).append(step)
-                cost = {e: self._time(e, runs) for e, runs in users.items()}
+                steps = [cases.step(op, options, image, x) for options, image in cases.TIMED[op]]
+            users = self._users(steps)
             judges = [Judge(op, precision, self.device) for precision in precisions]
+            cost = {entry: self._time(entry, runs) for entry, runs in users.items()}
             todo = sorted(cost, key=lambda entry: (-cost[entry], entry))
             self.watcher.begin(f"tuning {op} in {precisions[0]}", len(todo))
-            for entry in todo:
+            while todo:
                 if self.expired():
                     return
+                entry = todo.pop(0)
                 self.watcher.step(entry)
                 done = self.record.content["times"].get(f"{self.klass} {entry}", {})
-                if again or not done.get("finished"):
-                    self._entry(entry, users[entry], judges)
+                if (again or not done.get("finished")) and self._entry(entry, users[entry], judges):
+                    # Another launch can have other kernels run than before.
+                    before, users = users, self._users(steps)
+                    todo = [each for each in todo if each in users]
+                    todo += [each for each in users if each not in before]
+
+    def _users(self, steps: list[Callable[[], object]]) -> dict[str, list[Callable[[], object]]]:
+        """Return the entries that steps look up with the table in force, each with its steps."""
+        from eqcvt.ops import use_backend
+
+        users: dict[str, list[Callable[[], object]]] = {}
+        with use_backend("triton"), tf32(True):
+            for step in steps:
+                for entry in entries_used(step):
+                    users.setdefault(entry, []).append(step)
+        return users
 
     def _time(self, entry: str, runs: list[Callable[[], object]]) -> float:
         from eqcvt.ops import use_backend
@@ -243,8 +255,8 @@ class _Search:
         with use_backend("triton"), tf32(True):
             return sum(self.timer(run, decided(entry)) for run in runs)
 
-    def _entry(self, entry: str, runs: list[Callable[[], object]], judges: list[Judge]) -> None:
-        """Tune one entry, install what was found, and save."""
+    def _entry(self, entry: str, runs: list[Callable[[], object]], judges: list[Judge]) -> bool:
+        """Tune one entry, install what was found, and save; return whether it is another launch."""
         from eqcvt.kernels import launches
 
         def wrong() -> str | None:
@@ -279,3 +291,4 @@ class _Search:
         launches.install(self.record.launches)
         self.record.save()
         self.watcher.timed(key, content["times"][key] | {"launch": found.launch})
+        return found.launch != start

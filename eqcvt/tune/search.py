@@ -175,7 +175,9 @@ def descend(
 
 
 def _steps(values: tuple[int, ...], now: int) -> list[int]:
-    """Return the values beside the present one, the larger first."""
+    """Return the values beside the present one, the larger first; all of them where 0 is off."""
+    if 0 in values:
+        return [value for value in values if value != now]
     place = values.index(now)
     return [*values[place + 1 : place + 2], *values[max(0, place - 1) : place]]
 

@@ -116,6 +116,18 @@ def test_the_search_finds_the_fastest_launch() -> None:
     assert len({str(launch) for launch in kernel.seen}) == len(kernel.seen)
 
 
+def test_a_field_that_can_be_off_is_tried_at_all_its_values() -> None:
+    key = "sm90 conv_attention_attend_bwd 16 D32"
+
+    def time() -> float:
+        return {0: 2.0, 8: 3.0, 4: 1.0}[
+            launches.nearest("conv_attention_attend_bwd", 16, "D32", 90)["HELD"]
+        ]
+
+    off = {"HELD": 0, "num_warps": 4, "num_stages": 2}
+    assert search.descend(key, off, time, lambda: None, refused={}).launch["HELD"] == 4
+
+
 def test_the_search_drops_what_is_wrong_or_does_not_run() -> None:
     def cost(launch: dict[str, int]) -> float:
         if launch["num_warps"] == 2:
@@ -270,6 +282,7 @@ def test_launches_are_tuned_for_every_precision_or_none(tmp_path: Path) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune one op on small tensors in one precision."""
+    _backend._unavailable("triton", "cpu")  # which loads the modules of all ops
     options = {"shape": (1, 16, 3, 3), "hidden": 16}
     monkeypatch.setattr(cases, "CHECKED", {"mlp_block": {"small": options}})
     monkeypatch.setattr(cases, "TIMED", {"mlp_block": [(options, True)]})
@@ -292,9 +305,9 @@ class Clock:
         return 8 / launches.nearest(kernels[0], 32, "D32", 90)["num_warps"]
 
 
-def _tune(path: Path, clock: Clock, **options: Any) -> Record:
-    options = {"ops": ["mlp_block"], "backends": ["triton"], "jobs": 0} | options
-    return tune.run(path, H100, timer=clock, device="cpu", **options)
+def _tune(path: Path, clock: Any, **options: Any) -> Record:
+    options = {"ops": ["mlp_block"], "backends": ["triton"], "jobs": 0, "device": "cpu"} | options
+    return tune.run(path, H100, timer=clock, **options)
 
 
 @triton
@@ -322,6 +335,39 @@ def test_tuning_writes_launches_with_their_proof_and_goes_on_where_it_was(tmp_pa
     clock.calls.clear()
     assert _tune(path, clock).content["times"] == written["times"]
     assert len(clock.calls) == 3  # what each kernel costs, and no search
+
+
+def test_kernels_that_a_launch_does_without_are_not_tuned_and_new_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = "conv_attention_attend_bwd"
+    pair, one = (f"{whole}_keys 16 D32", f"{whole}_finish 16 any")
+
+    def held() -> int:
+        return launches.nearest(whole, 16, "D32", 90)["HELD"]
+
+    def used(_: object) -> list[str]:
+        return [f"{whole} 16 D32", one if held() else pair]
+
+    def clock(_: object, kernels: tuple[str, ...]) -> float:
+        if held() and kernels == (f"{whole}_keys",):
+            raise RuntimeError("the call launches none of these")
+        return (2.0 - (held() > 0)) if whole in kernels else 1.0
+
+    class Right:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def verdict(self, _: str) -> check.Verdict:
+            return check.Verdict(True, 0.0, None)
+
+    monkeypatch.setattr(tune, "entries_used", used)
+    monkeypatch.setattr(tune, "Judge", Right)
+    monkeypatch.setattr(cases, "step", lambda *_: None)
+    monkeypatch.setattr(tune, "_TIMED", {torch.float16: ("float16",)})
+    record = _tune(tmp_path / "tuned.json", clock, ops=["conv_attention"], device="cpu")
+    assert record.content["times"].keys() == {f"sm90 {whole} 16 D32", f"sm90 {one}"}
+    assert record.checked("triton", "conv_attention", "float16")
 
 
 @triton
