@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from . import launches
-from .common import refusal
+from .common import DTYPES, refusal
 from .lift_blur import blur_and_pool, unblur
 from .lift_conv import AFFINE, GRADIENT, RAW, RELU, input_gradient_of, values
 from .lift_norm import moments_backward, norm, norm_backward, scale_gradient
@@ -80,8 +80,8 @@ def supports(
     """
     if (reason := refusal(x)) is not None:
         return reason
-    if bank.dtype != torch.float32:
-        return f"takes float32 filters, not {str(bank.dtype).removeprefix('torch.')}"
+    if bank.dtype not in DTYPES:
+        return f"takes no filters of {str(bank.dtype).removeprefix('torch.')}"
     order, size = bank.shape[1], bank.shape[-1]
     if order > 16:
         return f"takes groups of up to 16 elements, not {order}"
@@ -226,7 +226,8 @@ def apply_backward(
     """Return the gradients of :func:`apply`; u is computed again.
 
     With du the gradient after the ReLU: d bank = scale (du * x), d shift = sum du, and d scale =
-    sum du u, which is the bank's inner product with du * x, so no pixel is summed for it.
+    sum du u, which is the bank's inner product with du * x, so no pixel is summed for it. Of a NaN
+    or Inf in ``x``, d bank can be NaN at more taps than have met it.
 
     Args:
         dy: gradient of ``y``.

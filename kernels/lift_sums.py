@@ -335,9 +335,12 @@ class Sums:
         self.block_x = min(self.launch.pop("BLOCK_X"), max(16, power_of_2(s.w1)))
         self.row_tiles, self.col_tiles = cdiv(s.h1, p.ty), cdiv(s.w1, self.block_x)
         resident = self.launch.pop("RESIDENT")
+        self.blocks = p.padded // p.block_k if correlate else 1
+        # A program's sums are of all taps: with hundreds of blocks of them, programs are few.
+        shares = 1 if p.single else self.blocks * p.height // self.block_m
         self.done = 0
         self.grids = [
-            programs_of(x, n * self.row_tiles * self.col_tiles, resident)
+            programs_of(x, n * self.row_tiles * self.col_tiles, resident, shares)
             for n in (part.shape[0] for part in parts(x, s))
         ]
         programs = sum(programs for programs, _ in self.grids)
@@ -361,8 +364,7 @@ class Sums:
         self.done += 1
         tiles = f.image.shape[0] * self.row_tiles * self.col_tiles
         scale, shift = affine or (None, None)
-        blocks = p.padded // p.block_k if self.correlate else 1
-        _lift_sums_kernel[(programs, p.height // self.block_m, blocks)](
+        _lift_sums_kernel[(programs, p.height // self.block_m, self.blocks)](
             f.image, f.bank, scale, shift, values, self.sums[first:],
             self.products[first:] if self.correlate else None,
             tiles, each, self.row_tiles, self.col_tiles, s.h1, s.w1, s.hp, s.wp, s.pitch,

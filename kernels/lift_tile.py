@@ -123,9 +123,12 @@ def _plan(s: Sizes, rows: int, most_rows: int, most_taps: int, chunk: int) -> Pl
     return best[1]
 
 
-def programs_of(x: Tensor, tiles: int, resident: int) -> tuple[int, int]:
-    """Return the number of programs that fill the device once, and the tiles of each."""
-    each = cdiv(tiles, max(1, programs(x, resident, tiles)))
+def programs_of(x: Tensor, tiles: int, resident: int, shares: int = 1) -> tuple[int, int]:
+    """Return the number of programs that fill the device once, and the tiles of each.
+
+    ``shares``: programs that have their part of each tile, of which a multiple fills the device.
+    """
+    each = cdiv(tiles, max(1, programs(x, resident, tiles * shares) // shares))
     return cdiv(tiles, each), each
 
 

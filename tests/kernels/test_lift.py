@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eqcvt import ops
 from tests.ops import primitives
 from tests.tolerance import assert_as_good
 
@@ -378,6 +379,20 @@ def test_an_empty_batch_gives_empty_results() -> None:
     assert dx.shape == case.x.shape
 
 
+def test_parameters_of_half_precision_are_taken() -> None:
+    case = Case()
+    x, bank, field = case.x.half(), case.bank.half(), torch.rand(2).half()
+    results = []
+    for wide in (bank.float(), bank):
+        weights = [t.clone().requires_grad_() for t in (wide, field.to(wide), field.to(wide))]
+        y, mean, _ = ops.lift(x, *weights, None, None, None, **case.block, backend="triton")
+        assert mean is not None
+        y.float().square().sum().backward()
+        results.append([y.detach(), mean, *(w.grad for w in weights)])
+    for of_wide, of_half in zip(*results, strict=True):
+        assert torch.equal(of_wide.half(), of_half.half())
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype", "reason"),
     [
@@ -400,6 +415,8 @@ def test_what_the_tests_run_is_supported() -> None:
     for settings in CASES.values():
         case = Case(**settings)
         assert lift.supports(case.x.float(), case.bank.float(), case.blur, **case.block) is None
+    why = lift.supports(case.x.float(), case.bank, case.blur, **case.block)
+    assert why == "takes no filters of float64"
     x, bank = (torch.empty(s, device="meta") for s in ((1, 3, 9, 9), (2, 4, 3, 3, 3)))
     assert "not on meta" in (lift.supports(x, bank, None, **Case().block) or "")
     x = torch.empty(1, 40, 1, 1).expand(1, 40, 10000, 10000)
@@ -479,7 +496,9 @@ def peaks() -> dict[str, int]:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, bank, mask = new(128, 3, 129, 129, dtype=torch.bfloat16), new(10, 4, 3, 7, 7), new(129, 129)
+    half = torch.bfloat16
+    x, bank, mask = new(128, 3, 129, 129, dtype=half), new(10, 4, 3, 7, 7), new(129, 129)
+    deep, wide = new(16, 160, 125, 125, dtype=half), new(10, 16, 160, 7, 7)
     conv: dict[str, Any] = {"stride": 1, "padding": 1}
     settings = (mask, new(10), new(10), new(5))
     block = conv | {"blur_stride": 1, "pool": True}
@@ -493,6 +512,7 @@ def peaks() -> dict[str, int]:
         "backward to the image": lambda: lift.apply_backward(
             y, arg, x, bank, *settings, **block, input_gradient=True
         ),
+        "moments of D8, stacked": lambda: lift.moments(deep, wide, None, correlate=True, **conv),
     }
     found = {}
     for name, call in calls.items():
@@ -515,7 +535,7 @@ def peaks() -> dict[str, int]:
         with (
             mock.patch.object(torch, "empty", counted(torch.empty)),
             mock.patch.object(torch, "empty_like", counted(torch.empty_like)),
-            mock.patch.object(lift_tile, "programs", return_value=132),
+            mock.patch.object(lift_tile, "programs", lambda x, each, tiles: min(tiles, 132 * each)),
         ):
             results: list[tuple[Tensor, ...]] = []
             aot.launches(lambda: results.append(call()))  # noqa: B023
@@ -530,6 +550,8 @@ def test_what_a_call_holds_is_little() -> None:
         [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
     ).stdout
     found = json.loads(printed)
+    # Once its image and its values, half as much again for sums.
+    assert found.pop("moments of D8, stacked") < 1.5 * 2 * 16 * 160 * 128 * 128 * 2
     values = 128 * 40 * 125 * 128 * 2
     assert found["moments"] < 0.3 * values
     for name in ("apply", "backward"):
