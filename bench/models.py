@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -21,7 +23,9 @@ from bench.cases import Case
 from bench.implementations import IMPLEMENTATIONS, calls, contender
 from bench.timing import Function, synchronise
 from eqcvt.convert import to_escnn
+from eqcvt.data import Augment, Batches, LensingImages, to_unit
 from eqcvt.models import VisionModel
+from eqcvt.train import GraphedStep, Step
 
 VARIANTS: dict[str, tuple[type[VisionModel], dict[str, Any]]] = {
     "EqCvT": (eqcvt.EqCvT, {}),
@@ -57,7 +61,8 @@ def step(
 ) -> Function:
     """Return what is timed of a model, which is first compared with the plain one.
 
-    A ``training`` is forward, loss and backward; a ``step`` is a training and the optimiser.
+    A ``training`` is forward, loss and backward; a ``step`` is a training and the optimiser, a
+    ``loaded step`` a step that takes its images from a set of 8-bit ones on the device, turned.
     """
     device = images.device.type
     module = contender(
@@ -68,7 +73,7 @@ def step(
         escnn=lambda: to_escnn(model).to(device),
         compare=compare,
     )
-    if case.case == "step":
+    if case.case.endswith("step"):
         return whole_step(case, implementation, module, images, labels)
     return calls(
         case, implementation, module, images, loss=lambda logits: cross_entropy(logits, labels)
@@ -82,10 +87,19 @@ def whole_step(
     module.train()
     graph = IMPLEMENTATIONS[implementation].mode == "graph"
     optimizer = Adam(module.parameters(), lr=1e-4, weight_decay=1e-7, fused=True, capturable=graph)
-    if graph:
-        from eqcvt.train.graph import GraphedStep
+    amp = torch.bfloat16 if case.dtype == "bfloat16" else None
+    if case.case == "loaded step":
+        batches, augment = loader(images, labels), Augment("rotate")
 
-        amp = torch.bfloat16 if case.dtype == "bfloat16" else None
+        def prepare(places: Tensor) -> tuple[Tensor, Tensor]:
+            taken, theirs = batches.take(places)
+            return augment(to_unit(taken)), theirs
+
+        kind = GraphedStep if graph else Step
+        loaded = kind(module, optimizer, prepare=prepare, amp=amp)
+        places = cycle(list(batches.places()))
+        return lambda: loaded(next(places))
+    if graph:
         graphed = GraphedStep(module, optimizer, loss_fn=cross_entropy, amp=amp)
         return lambda: graphed(images, labels)
     training = calls(
@@ -97,6 +111,14 @@ def whole_step(
         optimizer.step()
 
     return trained
+
+
+def loader(images: Tensor, labels: Tensor) -> Batches:
+    """Return eight batches of 8-bit images made of one, on its device."""
+    grey = (255 * images).to(torch.uint8).repeat(8, 1, 1, 1).cpu().numpy()
+    classes = labels.repeat(8).cpu().numpy().astype(np.uint8)
+    data = LensingImages(grey, classes, ("no_sub", "sub"))
+    return Batches(data, len(images), device=images.device, shuffle=True)
 
 
 def main(text: str, implementation: str, device: str) -> float:

@@ -21,7 +21,12 @@ from eqcvt.nn import TransformerStage
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ("escnn", "escnn-compile", *WITHOUT_ESCNN)
-COMPILERS = ("escnn", "escnn-compile", "eager", "compile", "compile-max", "native", "triton")
+COMPILERS = (
+    *("escnn", "escnn-compile", "eager", "compile", "compile-max"),
+    *("native", "triton", "triton-compile"),
+)
+VARIANTS = ("exact", "D4", "D4 exact")
+BATCHES = (1, 16, 128, 512)
 STEPS = ("eager", "compile-max", "native-graph", "triton-graph", "auto-graph")
 # Model, side of the images, channels, images, level. escnn's attention writes its scores out: from
 # some size on they do not fit in the memory. Statistics of one image alone are refused in training.
@@ -34,17 +39,17 @@ SIZES: dict[str, list[tuple[str, int, int, int, str]]] = {
         ("CvT", 129, 1, 4, "default"),
         *((name, 129, 1, images, "full") for name in ("EqCvT", "CvT") for images in (1, 16)),
         *(("EqCvT", size, 1, 4, "full") for size in (193, 257)),
-        *((f"EqCvT {variant}", 129, 1, 4, "full") for variant in ("exact", "D4", "D4 exact")),
+        *((f"EqCvT {variant}", 129, 1, 4, "full") for variant in VARIANTS),
     ],
     "cuda": [
         *(("EqCvT", 129, 3, images, "default") for images in (128, 16)),
         ("CvT", 129, 1, 128, "default"),
         ("EqCvT", 65, 3, 16, "quick"),
-        ("EqCvT", 129, 1, 128, "full"),
         *(("EqCvT", 129, 3, images, "full") for images in (1, 512)),
+        *(("EqCvT", 129, 1, images, "full") for images in BATCHES),
         *(("CvT", 129, 1, images, "full") for images in (1, 16, 512)),
         *(("EqCvT", size, 3, 16, "full") for size in (193, 257)),
-        *((f"EqCvT {variant}", 129, 3, 128, "full") for variant in ("exact", "D4", "D4 exact")),
+        *((f"EqCvT {v}", 129, 3, images, "full") for v in VARIANTS for images in BATCHES),
     ],
 }
 # Pixels of a batch, beyond which escnn's scores of one block alone take 10 GiB.
@@ -74,6 +79,8 @@ def cases(device: str) -> list[Case]:
         if device == "cuda" and images in (16, 128):
             step = {**whole, "dtype": main_dtype, "implementations": STEPS}
             result.append(Case(case="step", **step))
+            if name == "EqCvT":
+                result.append(Case(case="loaded step", **step))
     size, channels = 129, 1 if device == "cpu" else 3
     images = 4 if device == "cpu" else 16
     result.append(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import must, plot, rows, timing
+from bench import models, must, plot, rows, timing
 from bench import test_bench_conv_attention as conv_attention
 from bench import test_bench_lift as lift
 from bench import test_bench_mlp_block as mlp_block
@@ -69,6 +69,20 @@ def test_every_goal_is_timed() -> None:
         assert any((*goal.case, name) in timed for name in goal.ours), goal
         for name, dtype in goal.others:
             assert (*goal.case[:3], dtype, name) in timed, goal
+
+
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_a_loaded_step_takes_its_images_from_a_set_and_trains(name: str) -> None:
+    case = Case("EqCvT", "loaded step", (2, 1, 33, 33))
+    images, labels = models.batch(case, "cpu")
+    net = models.plain(case, "cpu")
+    before = net.head.classifier.weight.detach().clone()
+    step = models.whole_step(case, name, net, images, labels)
+    for _ in range(9):
+        step()
+    assert not torch.equal(net.head.classifier.weight, before)
+    batches = models.loader(images, labels)
+    assert (len(batches), batches.images.dtype) == (8, torch.uint8)
 
 
 def test_goals_are_judged_by_the_best_rows_of_the_run() -> None:
