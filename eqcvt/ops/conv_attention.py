@@ -174,6 +174,9 @@ def conv_attention(
 ) -> tuple[Tensor, tuple[Statistics | None, ...]]:
     """Apply attention with convolutional projections to tokens, and add the residual.
 
+    Two runs have the same bits, gradients too, but where folding does not pay (on a GPU ``D > d``):
+    there the core is torch's attention, and torch.use_deterministic_algorithms decides.
+
     Args:
         x: tokens ``[B, D, H, W]``, any memory format.
         residual: ``[B, D, H, W]``, added to the result.

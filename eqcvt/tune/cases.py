@@ -171,7 +171,7 @@ CHECKED: dict[str, dict[str, dict[str, Any]]] = {
         "two keys": {"shape": (3, 18, 3, 2), "heads": 1, "head_dim": 32},
         "normalised": {"shape": (2, 20, 9, 7), "norm": False},
         "wider than the heads": {"shape": (2, 64, 9, 7), "head_dim": 32},
-        "eight heads": {"shape": (2, 32, 11, 9), "heads": 8, "head_dim": 32},
+        "sixteen heads": {"shape": (2, 32, 11, 9), "heads": 16, "head_dim": 32},
         # Small enough for a sanitizer, with keys for more than one tile.
         "one filter, odd": {"shape": (1, 18, 21, 20), "values": False, "head_dim": 32},
     },

@@ -6,6 +6,7 @@ the ops in ``test_fast``, and those that run Triton's kernels in its interpreter
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -79,28 +80,19 @@ for _name, _test in vars(test_fast).items():
     if _name.startswith("test_") and any(part in _name for part in OF_ALL_BACKENDS):
         globals()[_name] = _test
 if importlib.util.find_spec("triton"):
-    from tests.kernels import (
-        test_conv_attention,
-        test_conv_attention_one_pass,
-        test_lift,
-        test_mlp_block,
-        test_token_embed,
-    )
     from tests.kernels.test_lift import tile  # noqa: F401  their fixture
 
-    for _module in (
-        test_conv_attention,
-        test_conv_attention_one_pass,
-        test_lift,
-        test_mlp_block,
-        test_token_embed,
+    for _op in (
+        "conv_attention",
+        "conv_attention_fold",
+        "conv_attention_one_pass",
+        "lift",
+        "mlp_block",
+        "token_embed",
     ):
-        _op = _module.__name__.rpartition(".")[2]
-        for _name, _test in vars(_module).items():
+        for _name, _test in vars(importlib.import_module(f"tests.kernels.test_{_op}")).items():
             if _name.startswith("test_") and not any(part in _name for part in LEFT_OUT):
-                globals()[f"{_op}_by_triton_{_name[5:]}"] = _test
-    del test_conv_attention, test_conv_attention_one_pass
-    del test_lift, test_mlp_block, test_token_embed
+                globals()[f"test_{_op}_by_triton_{_name[5:]}"] = _test
 del test_fast
 
 
