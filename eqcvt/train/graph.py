@@ -195,14 +195,16 @@ class GraphedStep(Step):
 
     def _fixed(self) -> dict[str, list[Any]]:
         """What a recording fixes, by what to call it."""
-        parameters, optimizer = list(self.model.parameters()), self.optimizer
+        optimizer, modules = self.optimizer, list(self.model.modules())
+        # In one walk over the modules, since every step takes it.
+        own = chain.from_iterable((m._parameters.values(), m._buffers.values()) for m in modules)
+        mine = [tensor for tensor in chain.from_iterable(own) if tensor is not None]
         state = chain.from_iterable(values.values() for values in optimizer.state.values())
-        tensors = chain(parameters, self.model.buffers(), optimizer.state, state)
         settings = [name for name in optimizer.defaults if name != "lr"]
         return {
-            "where tensors lie": [tensor.data_ptr() for tensor in tensors],
-            "which parameters are trained": [each.requires_grad for each in parameters],
-            "which modules are in training mode": [each.training for each in self.model.modules()],
+            "where tensors lie": [t.data_ptr() for t in chain(mine, optimizer.state, state)],
+            "which parameters are trained": [tensor.requires_grad for tensor in mine],
+            "which modules are in training mode": [module.training for module in modules],
             **{
                 f"the optimizer's {name}": [group[name] for group in optimizer.param_groups]
                 for name in settings
