@@ -229,42 +229,14 @@ def _attend_row(
         for first in tl.range(0, whole, BLOCK_M):
             for inner in tl.static_range(0, BLOCK_M, STEP):
                 acc, total, top = _attend_keys(
-                    acc,
-                    total,
-                    top,
-                    q,
-                    k_ptr,
-                    v_ptr,
-                    first + inner,
-                    M,
-                    D,
-                    BLOCK_D,
-                    STEP,
-                    SHARED,
-                    False,
-                    BOUNDED,
-                    PRODUCTS,
-                    PRECISION,
-                )
+                    acc, total, top, q, k_ptr, v_ptr, first + inner, M, D, BLOCK_D, STEP,
+                    SHARED, False, BOUNDED, PRODUCTS, PRECISION,
+                )  # fmt: skip
     if TAIL_M > 0:
         acc, total, top = _attend_keys(
-            acc,
-            total,
-            top,
-            q,
-            k_ptr,
-            v_ptr,
-            whole,
-            M,
-            D,
-            BLOCK_D,
-            TAIL_M,
-            SHARED,
-            True,
-            BOUNDED,
-            PRODUCTS,
-            PRECISION,
-        )
+            acc, total, top, q, k_ptr, v_ptr, whole, M, D, BLOCK_D, TAIL_M, SHARED, True,
+            BOUNDED, PRODUCTS, PRECISION,
+        )  # fmt: skip
     total = tl.sum(total, 1)
     lse = tl.log(total)
     if not BOUNDED:
@@ -360,38 +332,14 @@ def _conv_attention_attend_fwd_kernel(
             small = bounded(q, reach, bound_ptr + h)
         if small:
             o, lse = _attend_row(
-                q,
-                k_ptr,
-                v_ptr,
-                M,
-                D,
-                BLOCK_D,
-                BLOCK_N,
-                BLOCK_M,
-                TAIL_M,
-                WHOLE,
-                SHARED,
-                True,
-                PRODUCTS,
-                PRECISION,
-            )
+                q, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M, WHOLE, SHARED, True,
+                PRODUCTS, PRECISION,
+            )  # fmt: skip
         else:
             o, lse = _attend_row(
-                q,
-                k_ptr,
-                v_ptr,
-                M,
-                D,
-                BLOCK_D,
-                BLOCK_N,
-                BLOCK_M,
-                TAIL_M,
-                WHOLE,
-                SHARED,
-                False,
-                PRODUCTS,
-                PRECISION,
-            )
+                q, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M, WHOLE, SHARED, False,
+                PRODUCTS, PRECISION,
+            )  # fmt: skip
         o = o.to(dtype)
         if SAVE:
             o_offsets = o_n[:, None] * (HEADS * D) + o_d[None, :]

@@ -119,48 +119,14 @@ def _query_gradients(
         for first in tl.range(0, whole, BLOCK_M):
             for inner in tl.static_range(0, BLOCK_M, STEP):
                 dq, delta, total = _query_gradient(
-                    dq,
-                    q,
-                    do,
-                    lse2,
-                    delta,
-                    total,
-                    k_ptr,
-                    v_ptr,
-                    first + inner,
-                    M,
-                    D,
-                    BLOCK_D,
-                    STEP,
-                    SHARED,
-                    False,
-                    False,
-                    EXACT,
-                    BOUNDED,
-                    PRECISION,
-                )
+                    dq, q, do, lse2, delta, total, k_ptr, v_ptr, first + inner, M, D, BLOCK_D,
+                    STEP, SHARED, False, False, EXACT, BOUNDED, PRECISION,
+                )  # fmt: skip
     if TAIL_M > 0:
         dq, delta, total = _query_gradient(
-            dq,
-            q,
-            do,
-            lse2,
-            delta,
-            total,
-            k_ptr,
-            v_ptr,
-            whole,
-            M,
-            D,
-            BLOCK_D,
-            TAIL_M,
-            SHARED,
-            True,
-            not WHOLE,
-            EXACT or not WHOLE,
-            BOUNDED,
-            PRECISION,
-        )
+            dq, q, do, lse2, delta, total, k_ptr, v_ptr, whole, M, D, BLOCK_D, TAIL_M, SHARED,
+            True, not WHOLE, EXACT or not WHOLE, BOUNDED, PRECISION,
+        )  # fmt: skip
     return dq, delta, total
 
 
@@ -293,44 +259,14 @@ def _conv_attention_attend_bwd_queries_kernel(
         if TOGETHER == 0:
             if small:
                 dq, delta, total = _query_gradients(
-                    q,
-                    do,
-                    lse2,
-                    delta,
-                    k_ptr,
-                    v_ptr,
-                    M,
-                    D,
-                    BLOCK_D,
-                    BLOCK_N,
-                    BLOCK_M,
-                    TAIL_M,
-                    WHOLE,
-                    SHARED,
-                    EXACT,
-                    True,
-                    PRECISION,
-                )
+                    q, do, lse2, delta, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M,
+                    WHOLE, SHARED, EXACT, True, PRECISION,
+                )  # fmt: skip
             else:
                 dq, delta, total = _query_gradients(
-                    q,
-                    do,
-                    lse2,
-                    delta,
-                    k_ptr,
-                    v_ptr,
-                    M,
-                    D,
-                    BLOCK_D,
-                    BLOCK_N,
-                    BLOCK_M,
-                    TAIL_M,
-                    WHOLE,
-                    SHARED,
-                    EXACT,
-                    False,
-                    PRECISION,
-                )
+                    q, do, lse2, delta, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M,
+                    WHOLE, SHARED, EXACT, False, PRECISION,
+                )  # fmt: skip
         if EXACT:
             share = 1.0 / tl.where(total > 0, total, 1.0)
             if WHOLE:

@@ -194,42 +194,14 @@ def _conv_attention_attend_bwd_keys_kernel(
         )
     if small:
         dk, dv, dk1, dv1 = _key_gradients(
-            k,
-            v,
-            k1,
-            v1,
-            q_ptr,
-            do_ptr,
-            lse2_ptr,
-            delta_ptr,
-            ROWS,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            PAIR,
-            ONE_SUM,
-            True,
-            PRECISION,
-        )
+            k, v, k1, v1, q_ptr, do_ptr, lse2_ptr, delta_ptr, ROWS, D, BLOCK_D, BLOCK_N, PAIR,
+            ONE_SUM, True, PRECISION,
+        )  # fmt: skip
     else:
         dk, dv, dk1, dv1 = _key_gradients(
-            k,
-            v,
-            k1,
-            v1,
-            q_ptr,
-            do_ptr,
-            lse2_ptr,
-            delta_ptr,
-            ROWS,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            PAIR,
-            ONE_SUM,
-            False,
-            PRECISION,
-        )
+            k, v, k1, v1, q_ptr, do_ptr, lse2_ptr, delta_ptr, ROWS, D, BLOCK_D, BLOCK_N, PAIR,
+            ONE_SUM, False, PRECISION,
+        )  # fmt: skip
 
     if SHARED and PAIR:
         dk += dv

@@ -192,44 +192,14 @@ def _conv_attention_attend_bwd_kernel(
         tl.debug_barrier()
         if small:
             sums = _walk(
-                keys,
-                both_ptr,
-                lse2_ptr,
-                delta_ptr,
-                dq_ptr,
-                first,
-                last,
-                r == 0,
-                M - begin,
-                N,
-                ROWS,
-                HEADS,
-                D,
-                BLOCK_D,
-                TILE,
-                HELD,
-                True,
-            )
+                keys, both_ptr, lse2_ptr, delta_ptr, dq_ptr, first, last, r == 0, M - begin, N,
+                ROWS, HEADS, D, BLOCK_D, TILE, HELD, True,
+            )  # fmt: skip
         else:
             sums = _walk(
-                keys,
-                both_ptr,
-                lse2_ptr,
-                delta_ptr,
-                dq_ptr,
-                first,
-                last,
-                r == 0,
-                M - begin,
-                N,
-                ROWS,
-                HEADS,
-                D,
-                BLOCK_D,
-                TILE,
-                HELD,
-                False,
-            )
+                keys, both_ptr, lse2_ptr, delta_ptr, dq_ptr, first, last, r == 0, M - begin, N,
+                ROWS, HEADS, D, BLOCK_D, TILE, HELD, False,
+            )  # fmt: skip
         for t in tl.static_range(HELD):
             o_s = (begin + t * TILE + o_m)[:, None] * D + o_d[None, :]
             tl.store(sums_ptr + o_s, sums[t], mask=m_d)
