@@ -22,6 +22,7 @@ from eqcvt._check import integer
 from eqcvt._files import replacing
 
 _PARAMETER = "parameter_"
+_OBJECTS = "Object arrays"  # how np.load begins to refuse them
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
 _SHARD = re.compile(r"^(?P<name>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.npz$")
 
@@ -220,15 +221,17 @@ def read_array(path: Path) -> Any:
     """Read a ``.npy`` or ``.npz`` file without unpickling; errors name the file."""
     try:
         return np.load(path, allow_pickle=False)
-    except ValueError as error:
-        if "allow_pickle" in str(error) or "pickled" in str(error):
+    except (ValueError, *_DAMAGED) as error:
+        with path.open("rb") as file:
+            start = file.read(1)
+        # np.load calls a pickle whatever does not begin as one of its own files.
+        if start == b"\x80" or _OBJECTS in str(error):
             raise ValueError(
                 f"{path} holds pickled Python objects, which are not read because they can run "
                 "code; save it as a plain array"
             ) from error
-        raise ValueError(f"cannot read {path}: {error}") from error
-    except _DAMAGED as error:
-        raise ValueError(f"cannot read {path}: truncated or not a numpy file ({error})") from error
+        why = "" if "pickle" in str(error) else f" ({error})"
+        raise ValueError(f"cannot read {path}: truncated or not a numpy file{why}") from error
 
 
 def _read_npz(path: Path) -> LensingImages:
@@ -246,12 +249,11 @@ def _read_npz(path: Path) -> LensingImages:
         for name in archive.files:
             try:
                 columns[name] = archive[name]
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: {name!r} holds pickled Python objects or is damaged: {error}"
-                ) from error
-            except _DAMAGED as error:
-                raise ValueError(f"{path}: {name!r} is truncated or damaged ({error})") from error
+            except (ValueError, *_DAMAGED) as error:
+                what = "holds pickled Python objects"
+                if _OBJECTS not in str(error):
+                    what = f"is truncated or damaged ({error})"
+                raise ValueError(f"{path}: {name!r} {what}") from error
     try:
         return _from_columns(columns)
     except (ValueError, TypeError, OverflowError) as error:

@@ -169,9 +169,10 @@ def test_damaged_and_missing_files_are_named(tmp_path, simulated):
     path.write_bytes(whole[:middle] + b"\0" * 50 + whole[middle + 50 :])
     with pytest.raises(ValueError, match=r"set\.npz.*'images'.*damaged"):
         load(path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"cannot read .*set\.npz"):
-        load(path)
+    for start in (b"", b"hello", b"PK", whole[:5], b"\x93NUMP", b"\x93NUMPY\x01\0\5\0a"):
+        path.write_bytes(start)
+        with pytest.raises(ValueError, match=r"cannot read .*set\.npz: truncated or not a numpy f"):
+            load(path)
     path.write_bytes(pickle.dumps([1]))
     with pytest.raises(ValueError, match=r"set\.npz holds pickled Python objects"):
         load(path)
