@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eqcvt._check import choice, integer
 from eqcvt._check import fraction as check_fraction
-from eqcvt._check import integer
 from eqcvt._files import replacing
 
 _PARAMETER = "parameter_"
+_COLUMNS = ("images", "labels", "classes", "config", "seed", "index")
 _OBJECTS = "Object arrays"  # how np.load begins to refuse them
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
 _SHARD = re.compile(r"^(?P<name>.+)-(?P<shard>\d{5})-of-(?P<shards>\d{5})\.npz$")
@@ -165,9 +167,10 @@ def load(path: str | Path, split: str | None = None) -> LensingImages:
     """Read a set of images.
 
     Args:
-        path: One ``.npz`` file; a folder of ``.npz`` shards (their union, sorted by index); or a
-            folder of ML4SCI's layout, one folder of ``.png``, ``.jpg`` or ``.npy`` per class,
-            with or without ``train`` and ``val`` above.
+        path: One ``.npz`` file of ``images`` and ``labels`` (whole numbers, or names of classes),
+            perhaps ``classes`` (their names) and ``parameter_...``; a folder of ``.npz`` shards
+            (their union, sorted by index); or a folder of ML4SCI's layout, one folder of
+            ``.png``, ``.jpg`` or ``.npy`` per class, with or without ``train`` and ``val`` above.
         split: ``train`` or ``val``: read ``path/split`` or ``path/split.npz`` alone. None reads
             all there is.
 
@@ -240,13 +243,15 @@ def _read_npz(path: Path) -> LensingImages:
         raise ValueError(f"cannot read {path}: a .npy file under the name of a .npz file")
     columns: dict[str, npt.NDArray[Any]] = {}
     with archive:
-        missing = [name for name in ("images", "labels") if name not in archive.files]
+        missing = [name for name in _COLUMNS[:2] if name not in archive.files]
         if missing:
             raise ValueError(
                 f"{path} lacks {' and '.join(map(repr, missing))}; it holds "
                 f"{', '.join(archive.files) or 'nothing'}"
             )
-        for name in archive.files:
+        known = [n for n in archive.files if n in _COLUMNS or n.startswith(_PARAMETER)]
+        _refuse_or_name(path, [n for n in archive.files if n not in known], known)
+        for name in known:
             try:
                 columns[name] = archive[name]
             except (ValueError, *_DAMAGED) as error:
@@ -261,6 +266,20 @@ def _read_npz(path: Path) -> LensingImages:
         raise kind(f"{path}: {error}") from error
 
 
+def _refuse_or_name(path: Path, unknown: list[str], known: list[str]) -> None:
+    """Refuse an array whose name is nearly one that would be read; warn of all others."""
+    free = [name for name in _COLUMNS if name not in known]
+    for name in unknown:
+        if near := difflib.get_close_matches(name, free, n=1):
+            raise ValueError(f"{path}: did you mean {near[0]!r} by {name!r}? Rename or remove it")
+    if unknown:
+        warnings.warn(
+            f"{path}: not read: {', '.join(unknown)}; numbers, one for each image, are kept under "
+            f"a name such as {_PARAMETER}{unknown[0]}",
+            stacklevel=4,
+        )
+
+
 def _json(columns: dict[str, npt.NDArray[Any]], name: str, default: Any) -> Any:
     try:
         return json.loads(str(columns[name])) if name in columns else default
@@ -268,15 +287,34 @@ def _json(columns: dict[str, npt.NDArray[Any]], name: str, default: Any) -> Any:
         raise ValueError(f"{name!r} is not JSON ({error})") from error
 
 
-def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
-    labels = columns["labels"]
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+def class_order(names: Iterable[str]) -> list[str]:
+    """Return names of classes in their order: those that begin with "no" first."""
+    return sorted(names, key=lambda name: (not name.lower().startswith("no"), name))
+
+
+def _texts(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.char.decode(column) if column.dtype.kind == "S" else column.astype(np.str_)
+
+
+def _labels(
+    labels: npt.NDArray[Any], classes: Sequence[str]
+) -> tuple[npt.NDArray[np.uint8], tuple[str, ...]]:
+    """Return labels as numbers, and the classes: those of the file, or else what labels tell."""
+    kind = labels.dtype.kind
+    if kind in "US":
+        found, places = np.unique(_texts(labels), return_inverse=True)
+        classes = classes or class_order(found.tolist())
+        numbers = [classes.index(choice("labels", name, classes)) for name in found.tolist()]
+        labels = np.array(numbers, dtype=np.int64)[places]
+    elif kind not in "biuf" or (kind == "f" and (labels != np.trunc(labels)).any()):
+        raise TypeError(
+            "labels must be whole numbers from 0 to 255 or names of classes, got "
+            + (f"{labels[labels != np.trunc(labels)][0]}" if kind == "f" else f"{labels.dtype}")
+        )
     if labels.size and (labels.min() < 0 or labels.max() > 255):
         raise ValueError(f"labels must lie in 0..255, got {labels.min()}..{labels.max()}")
-    if "classes" in columns:
-        classes = tuple(str(name) for name in columns["classes"])
-    else:
+    labels = labels.astype(np.uint8)
+    if not classes:
         top = int(labels.max(initial=0))
         lacking = np.setdiff1d(np.arange(top), labels)
         if top > 1 and len(lacking):
@@ -284,17 +322,31 @@ def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
                 f"labels go up to {top} but lack {_few(lacking)}: number the classes from 0 "
                 "without a gap, or add an array 'classes' of their names"
             )
-        classes = ("no_sub", "sub") if top < 2 else tuple(f"class_{i}" for i in range(top + 1))
+        classes = [f"class_{i}" for i in range(max(top, 1) + 1)]
+    return labels, tuple(classes)
+
+
+def _from_columns(columns: dict[str, npt.NDArray[Any]]) -> LensingImages:
+    config = _json(columns, "config", {})
+    if not isinstance(config, dict):
+        raise ValueError(f"'config' must be a JSON object, got {config!r}")
+    # Only a configuration of this package's simulation has structures.
+    names = config.get("classes", []) if "structures" in config else []
+    if "classes" in columns:
+        if columns["classes"].ndim != 1:
+            raise ValueError(f"classes must be a list of names, got {columns['classes']!r}")
+        names = _texts(columns["classes"]).tolist()
+    labels, classes = _labels(columns["labels"], names)
     return LensingImages(
         images=columns["images"],
-        labels=labels.astype(np.uint8),
+        labels=labels,
         classes=classes,
         parameters={
             name[len(_PARAMETER) :]: column
             for name, column in columns.items()
             if name.startswith(_PARAMETER)
         },
-        config=_json(columns, "config", {}),
+        config=config,
         seed=_json(columns, "seed", None),
         index=columns["index"].astype(np.int64) if "index" in columns else None,
     )

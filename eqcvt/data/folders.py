@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eqcvt.data.files import LensingImages, join, pixels, read_array
+from eqcvt.data.files import LensingImages, class_order, join, pixels, read_array
 
 SPLITS = ("train", "val")
 # What others call a set that no training is to see.
@@ -103,7 +103,7 @@ def _read_classes(folder: Path) -> LensingImages:
         for place in folder.iterdir()
         if place.is_dir() and not place.name.startswith(".")
     }
-    classes = sorted(files, key=lambda name: (not name.lower().startswith("no"), name))
+    classes = class_order(files)
     if not classes:
         raise ValueError(
             f"{folder} holds no images: expected .npz files, or one folder per class "

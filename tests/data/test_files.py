@@ -1,6 +1,7 @@
 """Reading and writing sets: what is read, and what is refused with which message."""
 
 import dataclasses
+import json
 import pickle
 import zipfile
 
@@ -53,8 +54,39 @@ def test_classes_with_names_may_have_no_image(tmp_path):
     images, classes = np.zeros((2, 5, 5), np.uint8), np.array(["a", "b", "c"])
     np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 2]), classes=classes)
     assert load(tmp_path / "a.npz").subset([1]).classes == ("a", "b", "c")
-    np.savez(tmp_path / "a.npz", images=images, labels=np.array([1, 1]))
-    assert load(tmp_path / "a.npz").classes == ("no_sub", "sub")
+
+
+def test_labels_tell_the_classes_where_no_names_are_given(tmp_path, simulated):
+    path = tmp_path / "a.npz"
+
+    def read(labels, **columns):
+        np.savez(path, images=np.zeros((3, 5, 5), np.uint8), labels=np.array(labels), **columns)
+        data = load(path)
+        assert data.labels.dtype == np.uint8
+        return data.labels.tolist(), data.classes
+
+    two, names = ("class_0", "class_1"), np.array(["b", "a", "c"])
+    for labels in ([1, 0, 1], [True, False, True], [1.0, 0.0, 1.0], np.array([1, 0, 1], ">i8")):
+        assert read(labels) == ([1, 0, 1], two)
+    assert read([1, 1, 1]) == ([1, 1, 1], two)
+    for as_given in (np.asarray, np.char.encode):
+        text = as_given(np.array(["axiön", "no_sub", "axiön"]))
+        assert read(text) == ([1, 0, 1], ("no_sub", "axiön"))
+        assert read(["c", "b", "b"], classes=as_given(names)) == ([2, 0, 0], ("b", "a", "c"))
+    # A simulated set has its names twice; another's configuration has none.
+    config = {**simulated.config, "classes": ["no_sub", "cdm"]}
+    assert read([0, 1, 1], config=np.array(json.dumps(config)))[1] == ("no_sub", "cdm")
+    assert read([0, 1, 1], config=np.array('{"classes": 2}'))[1] == two
+
+
+def test_arrays_that_are_not_read_are_named(tmp_path):
+    columns = {"images": np.zeros((2, 5, 5), np.uint8), "labels": np.array([0, 1])}
+    np.savez(tmp_path / "a.npz", class_names=np.array(["x", "y"]), **columns)
+    with pytest.raises(ValueError, match=r"a\.npz: did you mean 'classes' by 'class_names'\? Ren"):
+        load(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", image_id=np.array([{}, {}]), parameter_z=np.ones(2), **columns)
+    with pytest.warns(UserWarning, match=r"a\.npz: not read: image_id; .* as parameter_image_id"):
+        assert list(load(tmp_path / "a.npz").parameters) == ["z"]
 
 
 def test_subset_takes_indices_and_masks(simulated):
@@ -143,7 +175,17 @@ def test_bad_archives_are_named(tmp_path):
         ),
         (good | {"images": nan}, ValueError, "1 of 4 hold NaN or infinity, the first is image 2"),
         (good | {"labels": np.zeros(3, np.uint8)}, ValueError, r"labels must have the shape \[4\]"),
-        (good | {"labels": np.zeros(4)}, TypeError, "labels must be integers, got float64"),
+        (good | {"labels": np.full(4, 0.5)}, TypeError, "from 0 to 255 or names .*, got 0.5"),
+        (good | {"labels": np.full(4, np.nan)}, TypeError, "labels must be whole .*, got nan"),
+        (good | {"labels": np.full(4, np.inf)}, ValueError, r"in 0\.\.255, got inf\.\.inf"),
+        (good | {"labels": np.zeros(4, complex)}, TypeError, "labels must be .*, got complex128"),
+        (
+            good | {"labels": np.array(["a", "b", "c", "a"]), "classes": np.array(["a", "b"])},
+            ValueError,
+            "labels must be one of 'a', 'b', got 'c'",
+        ),
+        (good | {"classes": np.array("ab")}, ValueError, "classes must be a list of names, got"),
+        (good | {"config": np.array("[1]")}, ValueError, r"must be a JSON object, got \[1\]"),
         (good | {"labels": np.array([0, 1, -1, 0])}, ValueError, "labels must lie in 0..255"),
         (
             good | {"labels": np.array([0, 1, 2, 0]), "classes": np.array(["a", "b"])},
