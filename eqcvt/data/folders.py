@@ -76,9 +76,13 @@ def _read_picture(path: Path) -> npt.NDArray[Any]:
 
     try:
         with Image.open(path) as picture:
-            if picture.mode not in ("L", "RGB", "I;16"):
+            mode = picture.mode
+            if mode in ("LA", "RGBA") and picture.getchannel("A").getextrema()[0] == 255:
+                return np.asarray(picture.convert(mode[:-1]))
+            if mode not in ("L", "RGB", "I;16"):
                 raise ValueError(
-                    f"its mode is {picture.mode}; save it as 8-bit grey (L) or colour (RGB)"
+                    f"its mode is {mode}{' and not opaque' * mode.endswith('A')}; save it as 8-bit "
+                    "grey (L) or colour (RGB)"
                 )
             return np.asarray(picture)
     except (OSError, SyntaxError, ValueError) as error:

@@ -8,9 +8,19 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imsave
 from PIL import Image
 
-from eqcvt.data import LensingImages, contact_sheet, generate, load, resolve, split, to_unit
+from eqcvt.data import (
+    LensingImages,
+    contact_sheet,
+    generate,
+    load,
+    read_image,
+    resolve,
+    split,
+    to_unit,
+)
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +299,19 @@ def test_colour_and_arrays(tmp_path):
         assert data.images.shape == ((2, 6, 6) if number < 3 else (2, 3, 6, 6))
 
 
+def test_an_opaque_alpha_channel_is_dropped(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 255, (6, 6), dtype=np.uint8)
+    alpha = np.full((6, 6), 255, np.uint8)
+    imsave(tmp_path / "rgba.png", grey, cmap="gray", vmin=0, vmax=255)
+    assert np.array_equal(read_image(tmp_path / "rgba.png"), [grey] * 3)
+    Image.fromarray(np.dstack([grey, alpha]), mode="LA").save(tmp_path / "la.png")
+    assert np.array_equal(read_image(tmp_path / "la.png"), grey)
+    alpha[3, 3] = 254
+    Image.fromarray(np.dstack([grey, grey, grey, alpha])).save(tmp_path / "rgba.png")
+    with pytest.raises(ValueError, match=r"rgba\.png: its mode is RGBA and not opaque"):
+        read_image(tmp_path / "rgba.png")
+
+
 def test_a_set_kept_apart_is_not_joined(tmp_path):
     files, pictures = tmp_path / "files", tmp_path / "pictures"
     for name in ("Test", "train"):
@@ -320,8 +343,13 @@ def test_bad_folders_are_named(tmp_path):
     place = folder / "sub"
     Image.new("L", (9, 8)).save(place / "size.png")
     refused("size.png", r"is uint8 \[8, 9\], but .* is uint8 \[8, 8\]; all images must be alike")
-    Image.new("RGBA", (8, 8)).save(place / "alpha.png")
-    refused("alpha.png", "its mode is RGBA; save it as 8-bit grey")
+    for mode, message in (
+        ("RGBA", "its mode is RGBA and not opaque; save it as 8-bit grey"),
+        ("LA", "its mode is LA and not opaque; save"),
+        ("P", "its mode is P; save"),
+    ):
+        Image.new(mode, (8, 8)).save(place / "mode.png")
+        refused("mode.png", message)
     (place / "cut.png").write_bytes((place / "0.png").read_bytes()[:60])
     refused("cut.png", r"cannot read .*cut\.png")
     (place / "text.jpg").write_text("not a picture")
