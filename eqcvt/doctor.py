@@ -15,6 +15,7 @@ from eqcvt._machine import usable_cores
 REQUIRED = ("torch", "numpy", "safetensors", "huggingface_hub", "torchmetrics")
 EXTRAS = {
     "sim": ("caustics",),
+    "fits": ("astropy",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "tensorboard": ("tensorboard",),
 }

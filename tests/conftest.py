@@ -51,6 +51,7 @@ MISSING: dict[str, Callable[[], str | None]] = {
     "triton-package": lambda: _package("triton"),
     "native": lambda: _backend("native"),
     "escnn": lambda: _no_escnn,
+    "astropy": lambda: _package("astropy"),
     "caustics": lambda: _package("caustics"),
     "lenstronomy": lambda: _package("lenstronomy"),
     "onnxruntime": lambda: _package("onnxruntime"),

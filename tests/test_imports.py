@@ -45,7 +45,7 @@ LEVEL = {
 # The data know nothing of the networks, and a kernel nothing of anything.
 ONLY = {"kernels": {"kernels"}, "data": {"data", "_check", "_files", "_machine"}}
 HEAVY = {
-    *("caustics", "matplotlib", "torchmetrics", "lightning_utilities", "typer", "rich"),
+    *("astropy", "caustics", "matplotlib", "torchmetrics", "lightning_utilities", "typer", "rich"),
     *("onnx", "onnxruntime", "onnxscript", "tensorboard", "triton", "escnn", "einops", "sklearn"),
     *("lenstronomy", "scipy", "PIL", "tomli_w"),
 }

@@ -170,7 +170,8 @@ def load(path: str | Path, split: str | None = None) -> LensingImages:
         path: One ``.npz`` file of ``images`` and ``labels`` (whole numbers, or names of classes),
             perhaps ``classes`` (their names) and ``parameter_...``; a folder of ``.npz`` shards
             (their union, sorted by index); or a folder of ML4SCI's layout, one folder of
-            ``.png``, ``.jpg`` or ``.npy`` per class, with or without ``train`` and ``val`` above.
+            ``.png``, ``.jpg``, ``.npy`` or FITS images per class, with or without ``train`` and
+            ``val`` above.
         split: ``train`` or ``val``: read ``path/split`` or ``path/split.npz`` alone. None reads
             all there is.
 

@@ -14,7 +14,8 @@ from eqcvt.data.files import LensingImages, class_order, join, pixels, read_arra
 SPLITS = ("train", "val")
 # What others call a set that no training is to see.
 HELD_OUT = ("test", "valid", "validation")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
+_FITS = (".fits", ".fit", ".fits.gz")
+ENDINGS = (".png", ".jpg", ".jpeg", ".npy", *_FITS)
 
 
 def read_folder(folder: Path) -> LensingImages:
@@ -24,7 +25,7 @@ def read_folder(folder: Path) -> LensingImages:
     the natural order of their names, class after class.
 
     Args:
-        folder: A folder of ``{class}/*.png|jpg|npy`` or ``{train,val}/{class}/...``.
+        folder: A folder of ``{class}/*.png|jpg|npy|fits`` or ``{train,val}/{class}/...``.
 
     Returns:
         The images, grey [N, H, W] or [N, 3, H, W], uint8 or else float32.
@@ -43,7 +44,8 @@ def read_image(path: str | Path, *, finite: bool = True) -> npt.NDArray[Any]:
     """Read one image file.
 
     Args:
-        path: ``.png``, ``.jpg`` or ``.npy`` (never unpickled) with 1 or 3 channels.
+        path: ``.png``, ``.jpg``, ``.npy`` (never unpickled) or FITS (``.fits``, ``.fit``,
+            ``.fits.gz``: the first HDU that is an image), with 1 or 3 channels.
         finite: Refuse NaN and infinity.
 
     Returns:
@@ -51,9 +53,13 @@ def read_image(path: str | Path, *, finite: bool = True) -> npt.NDArray[Any]:
 
     Raises:
         ValueError, TypeError: A file that is no such image; it is named.
+        ImportError: A FITS file without astropy.
     """
     path = Path(path)
-    image = read_array(path) if path.suffix.lower() == ".npy" else _read_picture(path)
+    if path.suffix.lower() == ".npy":
+        image = read_array(path)
+    else:
+        image = (_read_fits if path.name.lower().endswith(_FITS) else _read_picture)(path)
     if not isinstance(image, np.ndarray):
         raise ValueError(f"cannot read {path}: a .npz archive under the name of a .npy file")
     image = pixels(image, f"{path}: an image")
@@ -89,6 +95,32 @@ def _read_picture(path: Path) -> npt.NDArray[Any]:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
+def _read_fits(path: Path) -> npt.NDArray[Any]:
+    try:
+        from astropy.io import fits
+    except ImportError as error:
+        raise ImportError(
+            f'reading {path} needs the package astropy: pip install "eqcvt[fits]"'
+        ) from error
+    try:
+        with fits.open(path, memmap=False) as units:
+            shapes: list[list[int]] = []
+            for unit in units:
+                shape = list(unit.shape) if unit.is_image else []
+                shapes.append(shape)
+                if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
+                    data: npt.NDArray[Any] = unit.data
+                    # Counts are often signed, or wider than float32 is exact.
+                    counts = data.dtype.kind in "iu" and data.dtype != np.uint8
+                    return data.astype(np.float32) if counts else data
+            raise ValueError(
+                "no HDU is an image [H, W], [1, H, W] or [3, H, W]; their shapes are "
+                f"{', '.join(map(str, shapes))}"
+            )
+    except Exception as error:  # astropy fails in ways of its own on damaged files
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
 def _natural(path: Path) -> list[Any]:
     parts = re.split(r"(\d+)", path.name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
@@ -100,7 +132,9 @@ def _read_classes(folder: Path) -> LensingImages:
             (
                 p
                 for p in place.iterdir()
-                if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and not p.is_dir()
+                if p.name.lower().endswith(ENDINGS)
+                and not p.name.startswith(".")
+                and not p.is_dir()
             ),
             key=_natural,
         )
@@ -111,12 +145,12 @@ def _read_classes(folder: Path) -> LensingImages:
     if not classes:
         raise ValueError(
             f"{folder} holds no images: expected .npz files, or one folder per class "
-            f"(such as no_sub and sub) of {', '.join(_SUFFIXES)} files"
+            f"(such as no_sub and sub) of {', '.join(ENDINGS)} files"
         )
     empty = [name for name in classes if not files[name]]
     if empty:
         raise ValueError(
-            f"{folder / empty[0]} holds no images (expected {', '.join(_SUFFIXES)} files)"
+            f"{folder / empty[0]} holds no images (expected {', '.join(ENDINGS)} files)"
         )
     paths = [path for name in classes for path in files[name]]
     images: list[npt.NDArray[Any]] = []

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eqcvt._check import choice, integer
+from eqcvt.data.folders import ENDINGS as SINGLE
 from eqcvt.predict.ahead import ahead
 from eqcvt.predict.read import FITS, Chunk, Item, Reader, count_images
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".npy", ".npz")
+ENDINGS = (*SINGLE, ".npz")
 FILES = 8  # pictures that a thread reads before it takes the next ones
 
 
@@ -138,7 +139,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             inside = sorted(
                 p
                 for p in path.rglob("*")
-                if p.suffix.lower() in ENDINGS
+                if p.name.lower().endswith(ENDINGS)
                 and not any(part.startswith(".") for part in p.relative_to(path).parts)
                 and not p.is_dir()
             )
@@ -147,7 +148,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             found += inside
         elif not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
-        elif path.suffix.lower() not in ENDINGS:
+        elif not path.name.lower().endswith(ENDINGS):
             raise ValueError(f"{path} is not an image: its ending must be one of {ENDINGS}")
         else:
             found.append(path)

@@ -70,7 +70,7 @@ class Reader:
                     yield self._chunk(path, names, array)
                     start += len(array)
             except Exception as error:  # decoders fail in ways of their own on damaged files
-                if not self.skip_bad:
+                if not self.skip_bad or isinstance(error, ImportError):
                     raise
                 yield self._unread(_names(path, count, start, stop), str(error))
 
@@ -175,9 +175,10 @@ def count_images(path: Path) -> int:
 def _rows(path: Path, start: int, stop: int) -> Iterator[NDArray[Any]]:
     """Yield images ``start`` to ``stop - 1`` of a file, ``[n, C, H, W]``, uint8 or float32.
 
-    A picture or ``.npy`` is one image, read as for training, but for NaN, which may be cut away
-    later. A ``.npz`` holds several, ``[N, H, W]`` or ``[N, C, H, W]``, under the key ``images``, of
-    which a few are in memory at a time; its checksum is compared only when its last image is read.
+    A picture, ``.npy`` or FITS file is one image, read as for training, but for NaN, which may be
+    cut away later. A ``.npz`` holds several, ``[N, H, W]`` or ``[N, C, H, W]``, under the key
+    ``images``, of which a few are in memory at a time; its checksum is compared only when its last
+    image is read.
 
     Raises:
         ValueError: unreadable, or not numbers.
