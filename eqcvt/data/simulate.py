@@ -72,7 +72,7 @@ def simulate(
         preset: ``deeplense``, ``control``, ``three_class``, or a configuration.
         count: Images in the whole set.
         seed: Seed of the set.
-        out: A ``.npz`` file; with ``shard`` (or without that suffix) a folder, into which
+        out: A ``.npz`` file; with ``shard`` (or without a suffix) a folder, into which
             ``NAME-00000-of-00004.npz`` goes.
         shard: (i, n): make only images [i * count // n, (i + 1) * count // n).
         size: Image size in pixels, if not the configuration's 129; the patch of sky stays and the
@@ -219,13 +219,16 @@ def _check_shard(shard: tuple[int, int] | None, count: int) -> tuple[int, int]:
 
 
 def _target(out: Path, name: str, shard: tuple[int, int] | None) -> Path:
-    if out.suffix == ".npz":
-        if shard is not None:
-            raise ValueError(
-                f"shards go into a folder, got the file {str(out)!r}; "
-                f"take {str(out.with_suffix(''))!r}"
-            )
+    if shard is None and out.suffix == ".npz":
         return out
+    if out.suffix == ".npz" or (out.suffix and not out.is_dir()):
+        what, ending = "shards go into a folder", ""
+        if shard is None:
+            what, ending = "a set is a .npz file or a folder", ".npz"
+        raise ValueError(
+            f"{what}, whose name has no ending, got {str(out)!r}; "
+            f"take {str(out.with_suffix(ending))!r}"
+        )
     number, shards = shard or (0, 1)
     return out / f"{name}-{number:05d}-of-{shards:05d}.npz"
 

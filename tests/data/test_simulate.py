@@ -214,6 +214,14 @@ def test_resume_uses_whole_chunks_of_the_same_run_only(tmp_path, monkeypatch):
     assert load(out).seed == 2
 
 
+def test_only_a_folder_that_is_there_may_have_an_ending(tmp_path):
+    out = tmp_path / "set.v2"
+    with pytest.raises(ValueError, match=r"set\.v2'; take '.*set\.npz'$"):
+        quick(2, out, size=17)
+    out.mkdir()
+    assert quick(2, out, size=17).parent == out
+
+
 def test_complete_output_is_left_and_another_is_not_overwritten(tmp_path, monkeypatch):
     out = tmp_path / "a.npz"
     quick(3, out)
@@ -249,7 +257,9 @@ def test_progress_shows_images_per_second(tmp_path, capsys):
         ({"shard": (4, 4)}, ValueError, r"shard's i must lie in 0..3 for n = 4, got 4"),
         ({"shard": "1/4"}, TypeError, r"shard must be a pair \(i, n\), got '1/4'"),
         ({"shard": (0, 20)}, ValueError, "4 images cannot be divided into 20 shards"),
-        ({"shard": (0, 2), "out": "a.npz"}, ValueError, "shards go into a folder, got the file"),
+        ({"shard": (0, 2), "out": "a.npz"}, ValueError, "shards go .*a.npz'; take '.*/a'$"),
+        ({"shard": (0, 2), "out": "a.fits"}, ValueError, "shards go .*a.fits'; take '.*/a'$"),
+        ({"out": "a.fits"}, ValueError, "a set is .*a.fits'; take '.*/a.npz'$"),
         ({"overrides": {"camera.pixelscale": 1}}, ValueError, "did you mean 'camera.pixel_scale'"),
         ({"overrides": {"halo.axis_ratio": 1.5}}, ValueError, r"halo.axis_ratio must be .* 1\.5"),
         ({"overrides": {"halo.shear": [0.2, 0.1]}}, ValueError, "low <= high"),
