@@ -24,7 +24,9 @@ def evaluate(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(help="Images; without it those that the first run was validated on."),
+        typer.Option(
+            help="Images, as for train; without it those that the first run was validated on."
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Of an ML4SCI folder: train | val; both if not given.")

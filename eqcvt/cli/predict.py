@@ -30,7 +30,13 @@ WIDE = 1 << 16  # columns where no terminal has an end
 def predict(
     *,
     model: ModelArgument,
-    images: Annotated[list[Path], typer.Argument(help="Files or folders of png, jpg, npy or npz.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files or folders of png, jpg, npy, npz or fits: uint8 is divided by 255, any "
+            "other image scaled from its own minimum to its maximum (clip hot pixels first)."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Write a .csv or .json file.")] = None,
     fit: Annotated[
         str, typer.Option(help="For images of another size: crop | pad | resize | refuse.")

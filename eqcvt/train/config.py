@@ -48,7 +48,9 @@ class TrainConfig:
     """Every setting of a run; the defaults are the recipe "ours" (Adam, one cycle to 1e-3).
 
     Args:
-        data: training images: an ``.npz`` file, a folder of shards or an ML4SCI folder.
+        data: training images: an ``.npz`` file, a folder of shards or a folder of images (png,
+            jpg, npy, fits) for each class. uint8 is divided by 255, any other image scaled from
+            its own minimum to its maximum: clip hot pixels first.
         val_data: validation images; without it the folder's own ``val`` part, or else
             ``val_fraction`` of every class of ``data`` (split seed 1337) is held out.
         out: the run folder.
