@@ -36,7 +36,7 @@ class LensingImages:
     Args:
         images: [N, H, W] (grey) or [N, C, H, W], of a type that ``pixels`` takes; kept as uint8 or
             float32.
-        labels: uint8 [N], index of the class.
+        labels: index of the class, or its name, [N]; kept as uint8.
         classes: Names of the classes.
         parameters: Physical parameters by name, each [N]; may be empty.
         config: Configuration of the simulation; may be empty.
@@ -60,10 +60,9 @@ class LensingImages:
         return f"LensingImages({shape} {self.images.dtype}, classes: {classes})"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", pixels(self.images))
+        object.__setattr__(self, "images", pixels(np.asarray(self.images)))
         check_shape(self.images.shape)
-        if self.labels.dtype != np.uint8:
-            raise TypeError(f"labels must be uint8, got {self.labels.dtype}")
+        object.__setattr__(self, "labels", _labels(np.asarray(self.labels), self.classes)[0])
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must have different names, got {', '.join(self.classes)}")
         count = len(self.images)

@@ -60,6 +60,16 @@ def test_plain_archives_are_read(tmp_path):
     assert (data.parameters, data.config, data.seed, data.index) == ({}, {}, None, None)
 
 
+def test_sets_are_made_of_lists_and_tensors_too():
+    images = torch.arange(50, dtype=torch.uint8).view(2, 5, 5)
+    for labels in ([1, 0], torch.tensor([1, 0]), ["sub", "no_sub"]):
+        data = LensingImages(images, labels)
+        assert (data.labels.dtype, data.labels.tolist()) == (np.uint8, [1, 0])
+        assert np.array_equal(data.images, images.numpy())
+    with pytest.raises(ValueError, match="'subb'; did you mean 'sub'"):
+        LensingImages(images, ["subb", "sub"])
+
+
 def test_classes_with_names_may_have_no_image(tmp_path):
     images, classes = np.zeros((2, 5, 5), np.uint8), np.array(["a", "b", "c"])
     np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 2]), classes=classes)
