@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
 
-from eqcvt.cli.app import app, console
+from eqcvt.cli.app import app, console, note
 from eqcvt.cli.checkpoints import Loaded, distinct, help_text, load
 from eqcvt.cli.use import DeviceOption, LastOption
 
@@ -49,6 +50,8 @@ def evaluate(
 
     Writes metrics.json (last epoch with --last) and, besides the tables it prints, ROC, confusion,
     reliability, logits against angle for all models side by side, attention maps and samples.
+
+    Images that one of the models was trained on are left out.
     """
     from rich.markup import escape
     from rich.table import Table
@@ -65,8 +68,9 @@ def evaluate(
     else:
         images, source = load_images(data, split=split), str(data)
     for name, item in found.items():
-        if note := other_classes(name, item.classes, images.classes):
-            console().print(f"note: {note}", markup=False, soft_wrap=True)
+        if said := other_classes(name, item.classes, images.classes):
+            console().print(f"note: {said}", markup=False, soft_wrap=True)
+    images, trained_on = unseen(found, images, source, vouched=first if data is None else None)
     nets = {name: item.model for name, item in found.items()}
     where = first.device
     screen = console()
@@ -93,6 +97,7 @@ def evaluate(
             **report.origin(),
             "data": source,
             "checkpoints": {name: str(item.folder) for name, item in found.items()},
+            "trained_on": trained_on,
             "models": results,
         },
     )
@@ -132,6 +137,48 @@ def held_out(first: Loaded) -> tuple[LensingImages, str]:
             "none are known to be held out: say which with --data PATH"
         )
     return sets[1], f"{config.val_data or config.data}, held out in training"
+
+
+def unseen(
+    found: dict[str, Loaded], images: LensingImages, source: str, *, vouched: Loaded | None
+) -> tuple[LensingImages, dict[str, int | None]]:
+    """Leave out the images that a model was trained on, and say so.
+
+    Args:
+        found: models by name.
+        images: the images to evaluate.
+        source: what to call them.
+        vouched: the model that is known by other means not to have been trained on them.
+
+    Returns:
+        The others, and how many each model was trained on; None where that is not known.
+
+    Raises:
+        ValueError: no others are left.
+    """
+    from eqcvt.train.setup import image_hashes
+    from eqcvt.train.trained import seen_images
+
+    hashes, fresh = image_hashes(images), np.ones(len(images), bool)
+    counts: dict[str, int | None] = {}
+    for name, item in found.items():
+        if (seen := seen_images(item.folder)) is None:
+            counts[name] = None
+            if item is not vouched:
+                note(f"warning: it is not known whether {name} was trained on images of {source}")
+            continue
+        known = np.isin(hashes, seen)
+        fresh &= ~known
+        if count := int(known.sum()):
+            of = f"{count} of the {len(images)} images of {source}"
+            note(f"warning: {name} was trained on {of}, which are left out")
+        counts[name] = count
+    if len(images) and not fresh.any():
+        raise ValueError(
+            f"models were trained on all {len(images)} images of {source}: give others with "
+            "--data PATH; eqcvt.train.evaluate measures any images"
+        )
+    return images if fresh.all() else images.subset(fresh), counts
 
 
 def other_classes(name: str, known: tuple[str, ...], given: tuple[str, ...]) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
@@ -38,6 +39,7 @@ from eqcvt.train.report import Reporter
 from eqcvt.train.schedule import learning_rate
 from eqcvt.train.setup import (
     fingerprint,
+    image_hashes,
     load_data,
     make_average,
     make_model,
@@ -45,7 +47,14 @@ from eqcvt.train.setup import (
     summary_writer,
 )
 from eqcvt.train.step import Step
-from eqcvt.train.trained import CLASSES, start_from
+from eqcvt.train.trained import (
+    CLASSES,
+    SEEN,
+    model_folder,
+    save_seen_images,
+    seen_images,
+    start_from,
+)
 
 log = logging.getLogger("eqcvt")
 CONFIG, METRICS, BEST, LAST, TENSORBOARD = (
@@ -83,10 +92,10 @@ def train(
 ) -> TrainResult:
     """Train a model; under torchrun, together with the other processes.
 
-    The run folder gets ``config.toml`` and ``classes.json`` (their names), and after every epoch
-    ``metrics.json`` (one row per epoch), ``best/`` and ``last/``, each written whole or not at
-    all. The best epoch is the one with the highest validation accuracy, and among equal ones with
-    the lowest validation loss.
+    The run folder gets ``config.toml``, ``classes.json`` (their names), ``trained_on.safetensors``
+    (hashes of the training images), and after every epoch ``metrics.json`` (one row per epoch),
+    ``best/`` and ``last/``, each written whole or not at all. The best epoch is the one with the
+    highest validation accuracy, and among equal ones with the lowest validation loss.
 
     Args:
         config: the settings.
@@ -134,8 +143,10 @@ class _Run:
         torch.manual_seed(config.seed)
         model = make_model(config, data)
         start = None
+        before: NDArray[np.int64] | None = np.empty(0, np.int64)
         if config.init is not None and not resume:
             start = start_from(model, config.init, data.classes)
+            before = seen_images(model_folder(Path(config.init)))
         model.to(process.device)
         average = make_average(model, config.ema)
         no_graph = _no_graph(config, process)
@@ -182,6 +193,8 @@ class _Run:
                 new.write_text(json.dumps(data.classes) + "\n", encoding="utf-8")
             self._write_metrics()
             if not resume:
+                if before is not None:
+                    save_seen_images(self.folder, np.append(before, image_hashes(data)))
                 checkpoint.save(self.folder / LAST, self.state, config)
         self.saved_epoch = self.state.progress.epoch
 
@@ -401,7 +414,7 @@ def _no_graph(config: TrainConfig, process: Process) -> str | None:
 
 def _parts(folder: Path) -> list[Path]:
     """What there is of a run in a folder; all else in it is not ours."""
-    ours = [folder / name for name in (CONFIG, CLASSES, METRICS, BEST, LAST, TENSORBOARD)]
+    ours = [folder / name for name in (CONFIG, CLASSES, SEEN, METRICS, BEST, LAST, TENSORBOARD)]
     return [path for path in ours if path.exists()]
 
 

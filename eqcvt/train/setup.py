@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.optim import Adam, AdamW, Optimizer
 
 from eqcvt.data import LensingImages, load, split
@@ -21,16 +23,17 @@ def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
     """Training and validation images.
 
     Raises:
-        FileNotFoundError, ValueError: from reading, when the two sets do not fit each other, or
-            when a class has no training images or is the only one.
+        FileNotFoundError, ValueError: from reading, when the two sets do not fit each other or
+            share an image, or when a class has no training images or is the only one.
     """
-    root = Path(config.data)
+    root, drawn = Path(config.data), False
     if config.val_data is not None:
         data, held_out = load(config.data), load(config.val_data)
     elif all((root / part).exists() or (root / f"{part}.npz").exists() for part in SPLITS):
         data, held_out = load(root, "train"), load(root, "val")
     else:
         data, held_out = split(load(config.data), config.val_fraction, SPLIT_SEED)
+        drawn = True
     for name, part in (("training", data), ("validation", held_out)):
         if len(part) == 0:
             raise ValueError(f"there are no {name} images (data={config.data!r})")
@@ -44,7 +47,19 @@ def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
     if lacking or len(data.classes) < 2:
         names = ", ".join(repr(data.classes[label]) for label in lacking) or "a second class"
         raise ValueError(f"there are no training images of {names} (data={config.data!r})")
+    if twice := int(np.isin(image_hashes(held_out), image_hashes(data)).sum()):
+        text = f"{twice} of the {len(held_out)} validation images are training images too"
+        if not drawn:
+            where = f"data={config.data!r}, val_data={config.val_data!r}"
+            raise ValueError(f"{text} ({where}): leave them out of one of the two")
+        warnings.warn(f"{text}: {config.data} holds images twice", stacklevel=2)
     return data, held_out
+
+
+def image_hashes(data: LensingImages) -> NDArray[np.int64]:
+    """Eight bytes of a hash of each image, int64 [N], to know it again in another set."""
+    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in data.images)
+    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
 
 def fingerprint(*sets: LensingImages) -> str:

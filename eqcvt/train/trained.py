@@ -6,11 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
 from eqcvt._check import choice
+from eqcvt._files import replacing
 from eqcvt.models import VisionModel, list_pretrained, pretrained_folder
 from eqcvt.models._base import CONFIG, WEIGHTS, read_config, read_weights
 
-CLASSES = "classes.json"
+CLASSES, SEEN = "classes.json", "trained_on.safetensors"
 # What a model may differ in from the one whose weights it starts from.
 FREE = {"image_size", "num_classes", "dropout"}
 CLASSIFIER = "head.classifier."
@@ -56,6 +62,28 @@ def class_names(folder: Path) -> tuple[str, ...]:
                 raise ValueError(f"{path} must hold a list of class names, got {names!r}")
             return tuple(map(str, names))
     return ()
+
+
+def seen_images(folder: Path) -> NDArray[np.int64] | None:
+    """Return the ``image_hashes`` of what the model in a checkpoint folder was trained on.
+
+    None where that is not known; none for the models that come with the package.
+
+    Raises:
+        ValueError: if the file that holds them is damaged.
+    """
+    if folder in map(pretrained_folder, list_pretrained()):
+        return np.empty(0, np.int64)
+    path = folder.parent / SEEN
+    if folder.name not in ("best", "last") or not path.is_file():
+        return None
+    return np.asarray(read_weights(path)["images"])
+
+
+def save_seen_images(run: Path, hashes: NDArray[np.int64]) -> None:
+    """Write what ``seen_images`` reads of the models of a run."""
+    with replacing(run / SEEN) as new:
+        save_file({"images": torch.from_numpy(np.unique(hashes))}, new)
 
 
 def start_from(model: VisionModel, source: str, classes: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 import eqcvt
 from eqcvt.data import LensingImages, load
+from eqcvt.train.setup import image_hashes
+from eqcvt.train.trained import seen_images
 from tests.cli.conftest import SIZE, TRAIN, invoke
 
 
@@ -26,17 +29,21 @@ def test_evaluation_of_two_models(images: Path, run_folder: Path, tmp_path: Path
     other.save_pretrained(tmp_path / "cvt")
     out = tmp_path / "results"
     arguments = ("--data", images, "--compare", tmp_path / "cvt", "--out", out, "--angles", 8)
-    text = invoke("evaluate", run_folder, *arguments, "--samples", 4).output
+    result = invoke("evaluate", run_folder, *arguments, "--samples", 4)
+    text = result.output
     assert "EqCvT C4 front" in text
     assert "CvT" in text
     assert f"wrote {out}" in text
+    assert "EqCvT C4 front was trained on 36 of the 48 images of" in result.stderr
+    assert "it is not known whether CvT was trained on images of" in result.stderr
     found = json.loads((out / "metrics.json").read_text())
     assert set(found["models"]) == {"EqCvT C4 front", "CvT"}
     assert found["versions"]["torch"] == str(torch.__version__)
-    for result in found["models"].values():
-        assert result["n"] == 48
-        assert sum(map(sum, result["confusion"])) == 48
-        assert len(result["rotation"]["angles"]) == 8
+    assert found["trained_on"] == {"EqCvT C4 front": 36, "CvT": None}
+    for measured in found["models"].values():
+        assert measured["n"] == 12
+        assert sum(map(sum, measured["confusion"])) == 12
+        assert len(measured["rotation"]["angles"]) == 8
     stems = {"roc", "reliability", "logits_vs_angle"} | {
         f"{what}_{name}"
         for what in ("confusion", "samples", "attention")
@@ -55,6 +62,44 @@ def test_evaluation_takes_the_held_out_images_of_the_run(run_folder: Path, tmp_p
     assert result["accuracy"] == pytest.approx(history[-1]["val_accuracy"])
     assert found["checkpoints"]["EqCvT C4 front"].endswith("last")
     assert not list(out.glob("*.png"))
+    assert found["trained_on"] == {"EqCvT C4 front": 0}
+
+
+def test_images_that_any_model_was_trained_on_are_left_out(
+    images: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    more, new, on = (tmp_path / name for name in ("more.npz", "new.npz", "on"))
+    invoke("simulate", more, "--count", 50, "--size", SIZE, "--seed", 3, "--workers", 1)
+    invoke("simulate", new, "--count", 24, "--size", SIZE, "--seed", 4, "--workers", 1)
+    invoke(*TRAIN, "--epochs", 1, "--init", run_folder, "--data", new, "--out", on)
+    for model, compared, counts in (
+        (run_folder, (), [36]),
+        (on / "last", (), [36]),  # by the run that it started from
+        (on, ("--compare", run_folder), [36, 36]),
+    ):
+        given = ("--data", more, *compared, "--out", tmp_path / "out", "--no-pictures")
+        invoke("evaluate", model, *given)
+        found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        assert list(found["trained_on"].values()) == counts
+        assert {result["n"] for result in found["models"].values()} == {14}
+    data = load(images)
+    seen = np.isin(image_hashes(data), seen_images(run_folder / "best"))
+    given = ("--data", saved(data.subset(seen), tmp_path / "seen.npz"), "--no-pictures")
+    assert "on all 36 images" in invoke("evaluate", run_folder, *given, code=2).stderr
+
+
+def test_a_run_that_does_not_say_what_it_was_trained_on_is_evaluated(
+    images: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(run_folder, tmp_path / "old")
+    (old / "trained_on.safetensors").unlink()
+    out = ("--no-pictures", "--out", tmp_path / "out")
+    assert "not known" not in invoke("evaluate", old, *out).stderr
+    text = invoke("evaluate", old, "--data", images, *out).stderr
+    assert "it is not known whether EqCvT C4 front was trained on images of" in text
+    (old / "trained_on.safetensors").write_bytes(b"12345678")
+    text = invoke("evaluate", old, "--data", images, *out, code=2).stderr
+    assert "trained_on.safetensors is not a whole safetensors file" in text
 
 
 def test_classes_in_another_order_are_refused_and_other_names_are_said(

@@ -59,6 +59,7 @@ def test_run_learns_and_leaves_a_whole_folder(
     assert {p.name for p in folder.iterdir()} == {
         "config.toml",
         "classes.json",
+        "trained_on.safetensors",
         "metrics.json",
         "best",
         "last",
@@ -367,6 +368,18 @@ def test_folder_with_train_and_val(tmp_path: Path) -> None:
     )
     run = replace(run, data=str(tmp_path / "set"), val_data=None, out=str(tmp_path / "b"))
     assert without_times(train(run, quiet=True).history) == expected
+
+
+def test_images_in_both_sets_are_refused_and_images_drawn_twice_are_said(tmp_path: Path) -> None:
+    data = rings(24)
+    data.subset([*range(4), 5, 5]).save(tmp_path / "some.npz")
+    data.save(tmp_path / "data.npz")
+    run = config(tmp_path, epochs=1, data=tmp_path / "data.npz", val_data=tmp_path / "some.npz")
+    with pytest.raises(ValueError, match="6 of the 6 validation images are training images too"):
+        train(run, quiet=True)
+    data.subset([0, 1] * 12).save(tmp_path / "data.npz")
+    with pytest.warns(UserWarning, match=r"training images too: .*data.npz holds images twice"):
+        train(replace(run, val_data=None), quiet=True)
 
 
 def test_validation_of_one_class_has_no_auc(tmp_path: Path) -> None:
