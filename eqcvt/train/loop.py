@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -188,7 +188,10 @@ class _Run:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             if make_writer is not None:
                 self.writer = make_writer(str(self.folder / TENSORBOARD))
-            config.save(self.folder / CONFIG)
+            held_out = config.val_data and os.path.abspath(config.val_data)
+            # Absolute, so that a command in any folder finds the images.
+            located = replace(config, data=os.path.abspath(config.data), val_data=held_out)
+            located.save(self.folder / CONFIG)
             with replacing(self.folder / CLASSES) as new:
                 new.write_text(json.dumps(data.classes) + "\n", encoding="utf-8")
             self._write_metrics()

@@ -102,6 +102,23 @@ def test_a_run_that_does_not_say_what_it_was_trained_on_is_evaluated(
     assert "trained_on.safetensors is not a whole safetensors file" in text
 
 
+def test_a_run_finds_its_images_from_any_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load(images)
+    data.subset(range(36)).save(tmp_path / "set.npz")
+    data.subset(range(36, 48)).save(tmp_path / "val.npz")
+    monkeypatch.chdir(tmp_path)
+    given = (*TRAIN, "--data", "set.npz", "--val-data", "val.npz", "--epochs", 1)
+    invoke(*given, "--out", "run")
+    invoke("train", "--resume", "--out", "run", "--data", "set.npz")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    invoke("evaluate", "../run", "--no-pictures")
+    found = json.loads(Path("../run/evaluation/metrics.json").read_text())
+    assert found["data"] == f"{tmp_path}/val.npz, held out in training"
+
+
 def test_classes_in_another_order_are_refused_and_other_names_are_said(
     images: Path, run_folder: Path, tmp_path: Path
 ) -> None:
