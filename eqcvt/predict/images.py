@@ -80,10 +80,10 @@ class Images:
         return replace(self, start=start, stop=self.start + (index + 1) * len(self) // number)
 
     def fingerprint(self) -> str:
-        """Return a hash of the names of all files and the number of images in each."""
+        """Return a hash of each file's name, number of images, size and time of last change."""
         digest = hashlib.sha256(np.ascontiguousarray(self.ends, dtype="<i8").tobytes())
         for path in self.files:
-            digest.update(f"{path}\0".encode(errors="surrogateescape"))
+            digest.update(f"{path}\0{_version(path)}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def chunks(self, channels: int, size: int, fit: str, *, readers: int = 4) -> Iterator[Chunk]:
@@ -121,6 +121,15 @@ class Images:
                 group = []
         if group:
             yield group
+
+
+def _version(path: Path) -> str:
+    """Return the size of a file and when it was last changed, in nanoseconds."""
+    try:
+        found = path.stat()
+    except OSError:  # it is gone: reading it says so
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import string
 import sys
@@ -107,8 +108,12 @@ def test_a_finished_part_is_kept(model: Path, survey: Path, tmp_path: Path) -> N
     made = part.stat().st_mtime_ns
     assert f"part 1 of 2, 7 images, is finished: {part}" in invoke(*arguments).output
     assert part.stat().st_mtime_ns == made
-    message = invoke(*arguments, "--fit", "resize", code=2).stderr
-    assert "made by another model, of other images or with other options" in message
+    refusal = "made by another model, of other images or with other options"
+    assert refusal in invoke(*arguments, "--fit", "resize", code=2).stderr
+    file = next(p for p in survey.rglob("*.png"))
+    seconds = file.stat().st_mtime
+    os.utime(file, (seconds, seconds + 1))
+    assert refusal in invoke(*arguments, code=2).stderr
     assert part.stat().st_mtime_ns == made
     invoke(*arguments, "--fit", "resize", "--overwrite")
     assert "resized" in rows(part)[-1]["note"]
