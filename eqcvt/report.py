@@ -23,6 +23,8 @@ from eqcvt.models import VisionModel
 from eqcvt.train import evaluate, logits_over_angles, predict_logits
 
 Progress = Callable[[str], None]
+OF_ALL = ("roc.png", "logits_vs_angle.png", "reliability.png")
+OF_ONE = ("confusion_{}.png", "samples_{}.png", "attention_{}.png")
 
 
 def evaluate_models(
@@ -97,6 +99,22 @@ def one_of_each(data: LensingImages) -> list[int]:
     return [int(np.flatnonzero(data.labels == k)[0]) for k in np.unique(data.labels)]
 
 
+def remove_pictures(folder: Path) -> None:
+    """Remove what ``draw`` made for the models of the ``metrics.json`` in a folder, if any."""
+    try:
+        models = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["models"]
+    except (OSError, ValueError, KeyError, TypeError):  # of no evaluation
+        return
+    of_one = [picture.format(_stem(model)) for model in models for picture in OF_ONE]
+    for name in (*OF_ALL, *of_one):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _stem(name: str) -> str:
+    """Return a model's name as part of a file's."""
+    return "".join(c if c.isalnum() else "_" for c in name.lower())
+
+
 def draw(
     models: Mapping[str, VisionModel],
     results: Mapping[str, Mapping[str, Any]],
@@ -129,7 +147,8 @@ def draw(
     scale = pixel_scale(data)
     chosen = one_of_each(data)
     images = torch.from_numpy(data.subset(chosen).images).to(device)
-    files = [plots.save(plots.roc_curves(results), out / "roc.png")]
+    roc, turned, reliable = (out / name for name in OF_ALL)
+    files = [plots.save(plots.roc_curves(results), roc)]
 
     progress("drawing logits against angle")
     turn = [360 * i / angles for i in range(angles)]
@@ -139,7 +158,7 @@ def draw(
     }
     truth = [data.classes[int(data.labels[i])] for i in chosen]
     polar = plots.logits_polar(turn, logits, data.classes, truth=truth)
-    files.append(plots.save(polar, out / "logits_vs_angle.png"))
+    files.append(plots.save(polar, turned))
 
     probabilities = {}
     shown = np.linspace(0, len(data) - 1, min(samples, len(data))).round().astype(int)
@@ -147,11 +166,11 @@ def draw(
         progress(f"drawing {name}")
         table = predict_logits(model, data, device=device, batch_size=batch_size)
         probabilities[name] = table.double().softmax(dim=-1).cpu().numpy()
-        stem = "".join(c if c.isalnum() else "_" for c in name.lower())
+        confused, sampled, attended = (out / picture.format(_stem(name)) for picture in OF_ONE)
         accuracy = 100 * float(results[name]["accuracy"])
         title = f"{name}: accuracy {accuracy:.1f} %"
         confusion = plots.confusion_matrix(results[name]["confusion"], data.classes, title=title)
-        files.append(plots.save(confusion, out / f"confusion_{stem}.png"))
+        files.append(plots.save(confusion, confused))
         part = data.subset(shown.tolist())
         grid = plots.sample_grid(
             part.images,
@@ -161,11 +180,11 @@ def draw(
             pixel_scale=scale,
             title=f"{name}: true class → prediction",
         )
-        files.append(plots.save(grid, out / f"samples_{stem}.png"))
-        files.append(out / f"attention_{stem}.png")
-        _draw_attention(name, model, data, files[-1], device)
+        files.append(plots.save(grid, sampled))
+        files.append(attended)
+        _draw_attention(name, model, data, attended, device)
     rely = plots.reliability(probabilities, data.labels)
-    files.append(plots.save(rely, out / "reliability.png"))
+    files.append(plots.save(rely, reliable))
     return files
 
 

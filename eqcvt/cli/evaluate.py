@@ -91,6 +91,7 @@ def evaluate(
         screen.print(table)
         for sentence in result["notes"]:
             screen.print(f"note: {sentence}", markup=False, soft_wrap=True)
+    report.remove_pictures(folder)  # those of other images or models would stay beside new numbers
     report.write_json(
         folder / "metrics.json",
         {

@@ -50,6 +50,9 @@ def test_evaluation_of_two_models(images: Path, run_folder: Path, tmp_path: Path
         for name in ("eqcvt_c4_front", "cvt")
     }
     assert {path.stem for path in out.glob("*.png")} == stems
+    (out / "samples_night.png").touch()
+    invoke("evaluate", tmp_path / "cvt", "--data", images, "--out", out, "--no-pictures")
+    assert [path.name for path in out.glob("*.png")] == ["samples_night.png"]
 
 
 def test_evaluation_takes_the_held_out_images_of_the_run(run_folder: Path, tmp_path: Path) -> None:
