@@ -47,6 +47,28 @@ def test_one_path_is_enough(model: eqcvt.EqCvT, images: Path, kind: type) -> Non
     assert names == [f"{images}[{i}]" for i in range(6)]
 
 
+def test_a_loaded_model_names_its_classes(model: eqcvt.EqCvT, images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model.save_pretrained(run / "best")
+    (run / "classes.json").write_text('["small", "large"]')
+    for loaded in (
+        eqcvt.load_model(run / "best"),
+        eqcvt.EqCvT.from_pretrained(run / "best"),
+        eqcvt.fast.accelerate(eqcvt.load_model(run / "best")),
+    ):
+        assert loaded.classes == ("small", "large")
+        assert list(next(predict(loaded, images)).probabilities) == ["small", "large"]
+    assert list(next(predict(loaded, images, classes="ab")).probabilities) == ["a", "b"]
+    loaded.reset_classifier(2)
+    assert list(next(predict(loaded, images)).probabilities) == ["class_0", "class_1"]
+    (run / "classes.json").write_text('["small", "large", "huge"]')
+    assert eqcvt.load_model(run / "best").classes is None
+    model.save_pretrained(run / "other")  # not the run's
+    assert eqcvt.load_model(run / "other").classes is model.classes is None
+    for name in eqcvt.list_pretrained():
+        assert eqcvt.load_pretrained(name).classes == ("no_sub", "sub")
+
+
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
 def test_names_that_are_not_the_model_s_are_refused(
     model: eqcvt.EqCvT, images: Path, names: list[str]

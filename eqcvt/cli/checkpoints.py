@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from eqcvt.models import VisionModel, list_pretrained
-from eqcvt.train.trained import class_names, model_folder
+from eqcvt.train.trained import model_folder
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Loaded:
         folder: the checkpoint folder.
         run: the run folder it belongs to, if any.
         packaged: whether it came with the package and was given by name.
-        classes: names of the classes; empty where they are not known.
         device: where the model is.
     """
 
@@ -32,7 +31,6 @@ class Loaded:
     folder: Path
     run: Path | None
     packaged: bool
-    classes: tuple[str, ...]
     device: torch.device
 
 
@@ -56,10 +54,7 @@ def load(path: Path, *, last: bool = False, device: str = "auto") -> Loaded:
     run = folder.parent if folder.name in ("best", "last") else None
     model = eqcvt.load_model(folder).to(where).eval()
     set_backend(model, None)  # the fastest there is, or what EQCVT_BACKEND names
-    names = class_names(folder)
-    if len(names) != int(model.config["num_classes"]):
-        names = ()
-    return Loaded(model, display_name(model.config), folder, run, packaged, names, where)
+    return Loaded(model, display_name(model.config), folder, run, packaged, where)
 
 
 def help_text(what: str) -> str:

@@ -68,7 +68,7 @@ def evaluate(
     else:
         images, source = load_images(data, split=split), str(data)
     for name, item in found.items():
-        if said := other_classes(name, item.classes, images.classes):
+        if said := other_classes(name, item.model.classes, images.classes):
             console().print(f"note: {said}", markup=False, soft_wrap=True)
     images, trained_on = unseen(found, images, source, vouched=first if data is None else None)
     nets = {name: item.model for name, item in found.items()}
@@ -182,7 +182,7 @@ def unseen(
     return images if fresh.all() else images.subset(fresh), counts
 
 
-def other_classes(name: str, known: tuple[str, ...], given: tuple[str, ...]) -> str | None:
+def other_classes(name: str, known: tuple[str, ...] | None, given: tuple[str, ...]) -> str | None:
     """Return what is to be said of a model whose classes have other names than the data's.
 
     Raises:

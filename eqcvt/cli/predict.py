@@ -84,7 +84,7 @@ def predict(
         free(out, overwrite)
     with crew.work():
         found = load(model, last=last, device=device)
-        names = class_names(found.model, found.classes)
+        names = class_names(found.model)
         everything = Images.find(images, skip_bad=skip_bad, readers=readers)
         mine = everything.part(index, number)
         predictions = run(

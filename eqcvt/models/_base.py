@@ -31,7 +31,7 @@ from eqcvt.nn import (
 from eqcvt.ops import conv_size, token_mean
 from eqcvt.ops._register import as_autocast
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CLASSES = "model.safetensors", "config.json", "classes.json"
 
 M = TypeVar("M", bound="VisionModel")
 
@@ -86,12 +86,15 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
     Attributes:
         config: the constructor's arguments and the class name under ``"architecture"``, as JSON.
+        classes: names of the classes of a model that was loaded from a folder, the package or a
+            run; None where they are not known.
         conversion_residual: for a converted model the relative residual of the filters in this
             package's basis; None otherwise.
         token_grids: for each stage the grid of its queries and of its keys, ``((H, W), (H, W))``.
     """
 
     default_backend: ClassVar[str | None] = "reference"
+    classes: tuple[str, ...] | None = None
     conversion_residual: float | None = None
     config: dict[str, Any]
     token_grids: list[tuple[tuple[int, int], tuple[int, int]]]
@@ -226,6 +229,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the last linear map by a new one for ``num_classes`` classes (0: none)."""
         self.config["num_classes"] = _check.integer("num_classes", num_classes, 0)
+        self.classes = None
         self.head.reset(num_classes)
 
     def get_classifier(self) -> nn.Module:
@@ -236,6 +240,11 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
     def num_classes(self) -> int:
         """Number of classes."""
         return int(self.config["num_classes"])
+
+    def name_classes(self, folder: Path) -> None:
+        """Take the names of the classes that ``class_names`` finds, if there is one for each."""
+        names = class_names(folder)
+        self.classes = names if len(names) == self.num_classes else None
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that weight decay is best kept from: norms and biases."""
@@ -344,7 +353,29 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
             )
         model = cls(**model_kwargs).to(map_location)
         model.load_state_dict(read_weights(paths[1], map_location), strict=strict)
+        if local:
+            model.name_classes(paths[1].parent)
         return model.eval()
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of a model's classes, from its folder or its run's; none if not there.
+
+    Raises:
+        ValueError: if the file does not hold them.
+    """
+    for path in (folder / CLASSES, folder.parent / CLASSES):
+        if path.is_file():
+            try:
+                names = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            if not isinstance(names, list):
+                raise ValueError(f"{path} must hold a list of class names, got {names!r}")
+            return tuple(map(str, names))
+        if folder.name not in ("best", "last"):  # of no run
+            break
+    return ()
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> VisionModel:
         device: where to put the model.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode; ``model.classes`` are the names of its classes, of a
+        ``classes.json`` there or in its run.
 
     Raises:
         FileNotFoundError: if the folder or a file in it is missing.
@@ -97,6 +98,7 @@ def load_model(folder: str | Path, *, device: str = "cpu") -> VisionModel:
         model.load_state_dict(read_weights(folder / WEIGHTS))
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} does not fit {name} of this version: {error}") from None
+    model.name_classes(folder)
     return model.to(device).eval()
 
 
@@ -131,7 +133,7 @@ def load_pretrained(name: str, *, device: str = "cpu") -> VisionModel:
         device: where to put the model.
 
     Returns:
-        The model in evaluation mode. :func:`pretrained_folder` has its classes and its card;
+        The model in evaluation mode, with its ``classes``. :func:`pretrained_folder` has its card;
         ``eqcvt.fast.EqCvT.from_pretrained`` takes the name too.
 
     Raises:

@@ -36,7 +36,7 @@ class Prediction:
 
 
 def class_names(model: VisionModel, classes: Sequence[str] = ()) -> list[str]:
-    """Return the names given, or ``class 0``, ``class 1``, ...
+    """Return the names given, or else the model's own, or ``class_0``, ``class_1``, ...
 
     Raises:
         ValueError: another number of names than the model has classes, or a model without any.
@@ -44,7 +44,7 @@ def class_names(model: VisionModel, classes: Sequence[str] = ()) -> list[str]:
     number = model.num_classes
     if not number:
         raise ValueError("the model has no classes (num_classes=0): reset_classifier gives it some")
-    names = list(classes) or [f"class {k}" for k in range(number)]
+    names = list(classes or model.classes or ()) or [f"class_{k}" for k in range(number)]
     if len(names) != number:
         raise ValueError(f"the model has {number} classes, got {len(names)} names: {names}")
     return names
@@ -71,7 +71,7 @@ def predict(
             evaluation mode, and the model keeps the mode it is in.
         images: a file or folder, or several (see ``find_images``), or ``Images`` of them, which may
             be a part and pass over bad images.
-        classes: names of the classes; ``class 0``, ``class 1``, ... if empty.
+        classes: names of the classes; if empty, as ``class_names`` says.
         fit: what to do with images of another size (see ``fit_image``).
         batch_size: images per forward pass.
         amp: ``off``, ``bf16`` or ``fp16``: autocast, the latter on a GPU only.

@@ -28,6 +28,7 @@ from eqcvt._check import amp_dtype
 from eqcvt._files import replacing
 from eqcvt.data import Augment, Batches, LensingImages
 from eqcvt.models import VisionModel
+from eqcvt.models._base import CLASSES
 from eqcvt.train import checkpoint
 from eqcvt.train.checkpoint import Progress, State
 from eqcvt.train.config import TrainConfig
@@ -48,7 +49,6 @@ from eqcvt.train.setup import (
 )
 from eqcvt.train.step import Step
 from eqcvt.train.trained import (
-    CLASSES,
     SEEN,
     model_folder,
     save_seen_images,

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from eqcvt._check import choice
 from eqcvt._files import replacing
 from eqcvt.models import VisionModel, list_pretrained, pretrained_folder
-from eqcvt.models._base import CONFIG, WEIGHTS, read_config, read_weights
+from eqcvt.models._base import CONFIG, WEIGHTS, class_names, read_config, read_weights
 
-CLASSES, SEEN = "classes.json", "trained_on.safetensors"
+SEEN = "trained_on.safetensors"
 # What a model may differ in from the one whose weights it starts from.
 FREE = {"image_size", "num_classes", "dropout"}
 CLASSIFIER = "head.classifier."
@@ -44,24 +44,6 @@ def model_folder(path: Path, *, last: bool = False) -> Path:
     if (path / WEIGHTS).is_file():
         return path
     raise FileNotFoundError(f"{path} holds no model: neither {WEIGHTS} nor {chosen.name}/{WEIGHTS}")
-
-
-def class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of a model's classes, from its folder or its run's; none if not there.
-
-    Raises:
-        ValueError: if the file does not hold them.
-    """
-    for path in (folder / CLASSES, folder.parent / CLASSES):
-        if path.is_file():
-            try:
-                names = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not valid JSON: {error}") from None
-            if not isinstance(names, list):
-                raise ValueError(f"{path} must hold a list of class names, got {names!r}")
-            return tuple(map(str, names))
-    return ()
 
 
 def seen_images(folder: Path) -> NDArray[np.int64] | None:
