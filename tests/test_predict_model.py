@@ -61,10 +61,10 @@ def test_a_loaded_model_names_its_classes(model: eqcvt.EqCvT, images: Path, tmp_
     assert list(next(predict(loaded, images, classes="ab")).probabilities) == ["a", "b"]
     loaded.reset_classifier(2)
     assert list(next(predict(loaded, images)).probabilities) == ["class_0", "class_1"]
-    (run / "classes.json").write_text('["small", "large", "huge"]')
-    assert eqcvt.load_model(run / "best").classes is None
     model.save_pretrained(run / "other")  # not the run's
     assert eqcvt.load_model(run / "other").classes is model.classes is None
+    (run / "classes.json").write_text('["small", "large", "huge"]')
+    assert eqcvt.load_model(run / "best").classes is None
     for name in eqcvt.list_pretrained():
         assert eqcvt.load_pretrained(name).classes == ("no_sub", "sub")
 

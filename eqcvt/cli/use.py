@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from eqcvt.cli.app import app, console
-from eqcvt.cli.checkpoints import help_text, load
+from eqcvt.cli.checkpoints import free, help_text, load
 
 ModelArgument = Annotated[
     Path, typer.Argument(metavar="MODEL", help=help_text("A run folder or a checkpoint folder"))
@@ -30,6 +30,7 @@ def export(
     tolerance: Annotated[
         float, typer.Option(help="Largest difference allowed, relative to the largest logit.")
     ] = 1e-4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Write a model for torch.export (.pt2) or ONNX (.onnx), checked against the model."""
     from eqcvt._check import choice
@@ -38,6 +39,7 @@ def export(
 
     for path in out:
         choice(f"the ending of {path}", path.suffix, FORMATS)
+        free(path, overwrite)
     found = load(model, last=last, device="cpu")
     for path in out:
         written = write(found.model, path, tolerance=tolerance)

@@ -168,6 +168,13 @@ def test_export_through_the_command_line(run_folder: Path, tmp_path: Path) -> No
     text = invoke("export", run_folder, *files).output
     assert text.count("largest difference from the model") == 2
     assert all(path.stat().st_size > 1000 for path in files)
+    files[0].unlink()
+    message = invoke("export", run_folder, *files, code=2).stderr
+    assert f"{files[1]} exists: give another path, or --overwrite to replace it" in message
+    assert not files[0].exists()
+    files[1].write_text("old")
+    invoke("export", run_folder, files[1], "--overwrite")
+    assert files[1].stat().st_size > 1000
 
 
 def test_conversion_of_published_weights(tmp_path: Path) -> None:
