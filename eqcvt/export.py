@@ -22,6 +22,10 @@ from eqcvt.models import VisionModel
 
 FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
 CHECKED_BATCHES = (1, 2, 5)
+INPUT = (
+    "float32 [B, C, H, W], grey values in [0, 1]: bytes divided by 255; other numbers scaled in "
+    "each image from its own minimum to its own maximum over all channels"
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> 
 
     The file takes float32 images ``[B, C, H, W]`` in [0, 1] and gives logits ``[B, K]``. The plain
     PyTorch reference is exported, so that the file needs nothing of eqcvt. The model's
-    configuration goes in as JSON (``config.json`` in a ``.pt2``, the property ``eqcvt`` in ONNX).
+    configuration goes in as JSON (``config.json`` in a ``.pt2``, the property ``eqcvt`` in ONNX),
+    its class names too if it has them (``classes.json``, ``classes``), and what its input is
+    (``input.txt``, ``input``).
 
     Args:
         model: an ``EqCvT`` or ``CvT``; it stays as it is.
@@ -71,7 +77,10 @@ def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> 
     )
     write = _write_program if path.suffix == ".pt2" else _write_onnx
     with replacing(path) as temporary, torch.no_grad(), use_backend("reference"):
-        run = write(frozen, draw(2), temporary, json.dumps(model.config))
+        about = {"eqcvt": json.dumps(model.config), "input": INPUT}
+        if model.classes:
+            about["classes"] = json.dumps(model.classes)
+        run = write(frozen, draw(2), temporary, about)
         difference = scale = 0.0
         for batch in CHECKED_BATCHES:
             images = draw(batch)
@@ -87,20 +96,22 @@ def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> 
 
 
 def _write_program(
-    model: VisionModel, images: Tensor, path: Path, config: str
+    model: VisionModel, images: Tensor, path: Path, about: dict[str, str]
 ) -> Callable[[Tensor], Tensor]:
     """Write a ``torch.export`` program and return the reloaded one as a function."""
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"config.json": config})
+    names = {"eqcvt": "config.json", "classes": "classes.json", "input": "input.txt"}
+    extra = {names[key]: text for key, text in about.items()}
+    torch.export.save(program, buffer, extra_files=extra)
     path.write_bytes(buffer.getvalue())
     module = torch.export.load(path).module()
     return lambda x: torch.as_tensor(module(x))
 
 
 def _write_onnx(
-    model: VisionModel, images: Tensor, path: Path, config: str
+    model: VisionModel, images: Tensor, path: Path, about: dict[str, str]
 ) -> Callable[[Tensor], Tensor]:
     """Write an ONNX graph and return it, loaded by onnxruntime, as a function."""
     try:
@@ -122,7 +133,7 @@ def _write_onnx(
             dynamic_shapes=({0: batch},),
         )
     assert program is not None
-    program.model.metadata_props["eqcvt"] = config
+    program.model.metadata_props.update(about)
     program.save(path, external_data=False)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -28,15 +28,18 @@ def trained(name: str, channels: int = 1) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_torch_export(name: str, tmp_path: Path) -> None:
     model = trained(name)
+    model.classes = ("no_sub", "sub")
     written = export(model, tmp_path / "model.pt2")
     assert model.training
     assert written.difference <= 1e-5 * max(1.0, written.scale)
     x = torch.rand(7, 1, 33, 33)
-    extra = {"config.json": ""}
+    extra = {"config.json": "", "classes.json": "", "input.txt": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
     with torch.no_grad():
         torch.testing.assert_close(program(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     assert json.loads(extra["config.json"])["architecture"] == type(model).__name__
+    assert json.loads(extra["classes.json"]) == ["no_sub", "sub"]
+    assert "grey values in [0, 1]: bytes divided by 255" in extra["input.txt"]
     assert "eqcvt." not in str(program.graph)
 
 
@@ -46,6 +49,7 @@ def test_onnx(tmp_path: Path) -> None:
     import onnxruntime
 
     model = trained("eqcvt_c4_exact", channels=3)
+    model.classes = ("no_sub", "sub")
     written = export(model, tmp_path / "model.onnx")
     assert written.difference <= 1e-4 * max(1.0, written.scale)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -57,6 +61,8 @@ def test_onnx(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
     held = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert json.loads(held["eqcvt"])["invariance"] == "exact"
+    assert json.loads(held["classes"]) == ["no_sub", "sub"]
+    assert "grey values in [0, 1]: bytes divided by 255" in held["input"]
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
