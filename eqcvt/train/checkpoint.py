@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -218,7 +219,10 @@ def _same_settings(folder: Path, stored: dict[str, Any], config: TrainConfig) ->
     if differ:
         hint = ""
         if any(text.startswith("epochs ") for text in differ):
-            hint = f" (the {config.schedule} schedule depends on the number of epochs)"
+            hint = (
+                f" (the {config.schedule} schedule depends on the number of epochs; another run "
+                f"goes on from its weights: --init {shlex.quote(str(folder.parent))} --out NEW)"
+            )
         raise ValueError(
             f"cannot resume from {folder} with other settings: {'; '.join(differ)}{hint}"
         )
