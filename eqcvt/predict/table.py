@@ -19,6 +19,7 @@ from eqcvt.predict.images import Images
 from eqcvt.predict.model import Prediction
 
 ENDINGS_OF_TABLES = (".csv", ".json")
+OWN = ("file", "class", "note")  # columns beside those of the classes
 _RECORD = ".run.json"
 
 
@@ -26,14 +27,16 @@ _RECORD = ".run.json"
 def writing(path: str | Path, classes: Sequence[str]) -> Iterator[Callable[[Prediction], None]]:
     """Yield a function that adds a prediction to a table ``.csv`` or a list ``.json``.
 
-    The file is there when the block has succeeded. Both have a line for each prediction.
+    The file is there when the block has succeeded. Both have a line for each prediction. A class
+    with the name of another column has ``probability of`` before it in a table.
     """
     path = Path(path)
     choice("the prediction file's ending", path.suffix, ENDINGS_OF_TABLES)
     with replacing(path) as new, _text(new) as file:
         if path.suffix == ".csv":
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["file", "class", *classes, "note"])
+            heads = [f"probability of {c}" if c in OWN else c for c in classes]
+            table.writerow([*OWN[:2], *heads, OWN[2]])
 
             def write(p: Prediction) -> None:
                 table.writerow(

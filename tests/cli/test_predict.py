@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import eqcvt
 from eqcvt.cli import app
 from eqcvt.data import load, read_image
-from eqcvt.predict import Images, fit_image, predict, read
+from eqcvt.predict import Images, Prediction, fit_image, predict, read, write_predictions
 from eqcvt.predict.ahead import ahead as work_ahead
 from eqcvt.predict.crew import Crew
 from tests.cli.conftest import SIZE, invoke
@@ -98,6 +98,13 @@ def test_json_parts_join_too(model: Path, survey: Path, tmp_path: Path) -> None:
         invoke("predict", model, survey, "--out", out, "--shard", f"{i}/20", "--batch-size", 1)
     invoke("merge", out)
     assert json.loads(out.read_text()) == json.loads((tmp_path / "whole.json").read_text())
+
+
+def test_classes_named_as_other_columns_have_columns_of_their_own(tmp_path: Path) -> None:
+    row = Prediction("a.png", "note", {"note": 0.75, "file": 0.25})
+    table = rows(write_predictions([row], tmp_path / "out.csv", ["note", "file"]))
+    values = {"probability of note": "0.75", "probability of file": "0.25"}
+    assert table == [{"file": "a.png", "class": "note", **values, "note": ""}]
 
 
 def test_a_finished_part_is_kept(model: Path, survey: Path, tmp_path: Path) -> None:
