@@ -10,7 +10,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,6 +58,7 @@ from eqcvt.train.trained import (
 )
 
 log = logging.getLogger("eqcvt")
+LOCK = "train.lock"
 CONFIG, METRICS, BEST, LAST, TENSORBOARD = (
     "config.toml",
     "metrics.json",
@@ -110,7 +112,8 @@ def train(
         The accuracies, the run folder and the history.
 
     Raises:
-        FileExistsError: when ``config.out`` holds a run and neither flag is given.
+        FileExistsError: when ``config.out`` holds a run and neither flag is given, or another
+            process is training into it.
         FileNotFoundError, ValueError: for data, model or checkpoint that cannot be used.
         FloatingPointError: when the loss is NaN or infinite.
         KeyboardInterrupt: after Ctrl-C, saying how to go on.
@@ -118,13 +121,15 @@ def train(
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     with processes(config.device) as process, _numerics(config, process):
-        _claim(Path(config.out), may_hold_a_run=resume or overwrite)
-        run = _Run(config, process, resume=resume, overwrite=overwrite, quiet=quiet)
-        try:
-            return run.epochs()
-        except KeyboardInterrupt:
-            message = run.interrupted()
-            raise KeyboardInterrupt(message) from None
+        folder = Path(config.out)
+        _claim(folder, may_hold_a_run=resume or overwrite)
+        with _alone(folder) if process.first else nullcontext():
+            run = _Run(config, process, resume=resume, overwrite=overwrite, quiet=quiet)
+            try:
+                return run.epochs()
+            except KeyboardInterrupt:
+                message = run.interrupted()
+                raise KeyboardInterrupt(message) from None
 
 
 class _Run:
@@ -431,6 +436,30 @@ def _claim(folder: Path, *, may_hold_a_run: bool) -> None:
             f"{folder} already holds a run ({', '.join(p.name for p in present)}): choose another "
             "folder (out), go on with it (resume) or replace it (overwrite)"
         )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system frees it when the process ends, however it does.
+
+    A folder made for a run that did not start is removed again.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(
+            f"another process is training into {folder}: choose another folder (out), or wait "
+            "until it has ended"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if new and os.listdir(folder) == [LOCK]:
+            shutil.rmtree(folder)
 
 
 @contextmanager

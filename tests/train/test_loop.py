@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +61,7 @@ def test_run_learns_and_leaves_a_whole_folder(
     assert {p.name for p in folder.iterdir()} == {
         "config.toml",
         "classes.json",
+        "train.lock",
         "trained_on.safetensors",
         "metrics.json",
         "best",
@@ -91,6 +94,26 @@ def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
         train(run, resume=True, overwrite=True)
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path: Path) -> None:
+    run = config(tmp_path, epochs=1)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom eqcvt.train.loop import _alone\n"
+        "with _alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, run.out]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(
+            FileExistsError, match=r"another process is training into .*run: choose"
+        ):
+            train(run, quiet=True, **flags)
+    other.kill()
+    other.communicate()
+    assert len(train(run, quiet=True).history) == 1
 
 
 @pytest.mark.parametrize(
