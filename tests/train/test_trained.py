@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import eqcvt
+from eqcvt.data import load
 from eqcvt.train import TrainConfig, train
-from eqcvt.train.trained import class_names, model_folder, start_from
+from eqcvt.train.setup import image_hashes
+from eqcvt.train.trained import class_names, model_folder, seen_images, start_from
 from tests.train.rings import TINY, config
 
 CLASSES = ("no_sub", "sub")
@@ -75,6 +78,19 @@ def test_a_run_goes_on_from_another_run(tmp_path: Path) -> None:
     # It is the checkpoint that a resumed run goes on from; the first run may be gone.
     (first.folder / "best").rename(tmp_path / "elsewhere")
     assert train(still, resume=True, quiet=True).history
+
+
+def test_what_a_run_was_trained_on_is_not_known_after_a_start_from_who_knows_what(
+    tmp_path: Path,
+) -> None:
+    run = config(tmp_path, epochs=1)
+    best = train(run, quiet=True).folder / "best"
+    seen, data = seen_images(best), load(run.data)
+    assert seen is not None
+    assert sorted(seen) == sorted(image_hashes(data))
+    _saved(tmp_path / "m")
+    train(replace(run, init=str(tmp_path / "m")), overwrite=True, quiet=True)
+    assert seen_images(best) is None
 
 
 def test_names(tmp_path: Path) -> None:
