@@ -454,6 +454,8 @@ def _alone(folder: Path) -> Iterator[None]:
             f"another process is training into {folder}: choose another folder (out), or wait "
             "until it has ended"
         ) from None
+    except (NotImplementedError, OSError) as error:  # some clusters' file systems know no locks
+        log.info("%s is not locked: %s", folder, error)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import subprocess
 import sys
@@ -94,6 +95,16 @@ def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
         train(run, resume=True, overwrite=True)
+
+
+def test_a_file_system_without_locks_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("eqcvt.train.loop.FileLock.acquire", acquire)
+    assert train(config(tmp_path, epochs=1), quiet=True).history
 
 
 def test_two_processes_do_not_train_into_one_folder(tmp_path: Path) -> None:
