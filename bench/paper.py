@@ -302,7 +302,6 @@ def ship(paper: Paper, content: Mapping[str, Any]) -> list[Path]:
             target = PRETRAINED / f"{model}-{of}"
             with replacing_folder(target) as folder:
                 load_model(trained / "best").save_pretrained(folder)
-                (folder / "classes.json").write_bytes((trained / "classes.json").read_bytes())
                 card = {"name": target.name, **_card(paper, content, best)}
                 report.write_json(folder / "card.json", card)
             written.append(target)

@@ -57,6 +57,8 @@ def test_a_loaded_model_names_its_classes(model: eqcvt.EqCvT, images: Path, tmp_
         eqcvt.fast.accelerate(eqcvt.load_model(run / "best")),
     ):
         assert loaded.classes == ("small", "large")
+        loaded.save_pretrained(tmp_path / "saved")
+        assert eqcvt.load_model(tmp_path / "saved").classes == ("small", "large")
         assert list(next(predict(loaded, images)).probabilities) == ["small", "large"]
     assert list(next(predict(loaded, images, classes="ab")).probabilities) == ["a", "b"]
     loaded.reset_classifier(2)

@@ -261,6 +261,8 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
     ) -> str | None:
         """Write ``model.safetensors`` and ``config.json`` to a folder, each whole or not at all.
 
+        And ``classes.json``, where the model knows the names of its classes.
+
         Args:
             save_directory: the folder.
             push_to_hub: also upload it; further arguments go to ``huggingface_hub``.
@@ -272,6 +274,9 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
             safetensors.torch.save_file(state, path, metadata={"format": "pt"})
         with _files.replacing(folder / CONFIG) as path:
             path.write_text(config)
+        if self.classes is not None:
+            with _files.replacing(folder / CLASSES) as path:
+                path.write_text(json.dumps(self.classes) + "\n", encoding="utf-8")
         if push_to_hub:
             repo: str | None = self.push_to_hub(
                 repo_id=kwargs.pop("repo_id", folder.name), config=self.config, **kwargs
