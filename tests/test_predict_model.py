@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,12 @@ def test_a_loaded_model_names_its_classes(model: eqcvt.EqCvT, images: Path, tmp_
     assert eqcvt.load_model(run / "best").classes is None
     for name in eqcvt.list_pretrained():
         assert eqcvt.load_pretrained(name).classes == ("no_sub", "sub")
+
+
+def test_arrays_are_sent_to_the_model_itself(model: eqcvt.EqCvT) -> None:
+    for array in (np.ones((2, 9, 9)), torch.ones(2, 9, 9)):
+        with pytest.raises(TypeError, match=f"got {type(array).__name__}: a model takes arrays it"):
+            next(predict(model, array))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])

@@ -140,9 +140,17 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: a path does not exist, or a folder holds no image.
+        TypeError: what is no path, such as an array.
         ValueError: a file that is not one of ``ENDINGS``.
     """
     found: list[Path] = []
+    paths = list(paths)
+    for given in paths:
+        if not isinstance(given, (str, Path)):
+            raise TypeError(
+                f"images are files or folders, got {type(given).__name__}: a model takes arrays "
+                "itself, as model(eqcvt.data.to_unit(torch.from_numpy(array)))"
+            )
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(

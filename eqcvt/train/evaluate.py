@@ -159,6 +159,11 @@ def check_channels(model: nn.Module, data: LensingImages) -> None:
 def _batches(
     model: nn.Module, data: LensingImages, device: str | torch.device, batch_size: int
 ) -> Batches:
+    if not isinstance(data, LensingImages):
+        raise TypeError(
+            f"what is evaluated is a LensingImages, got {type(data).__name__}: "
+            "eqcvt.data.load(path) reads one"
+        )
     if len(data) == 0:
         raise ValueError("there are no images to evaluate")
     check_channels(model, data)

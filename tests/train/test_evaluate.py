@@ -187,6 +187,8 @@ def test_model_is_left_in_its_mode_and_batches_do_not_matter() -> None:
 
 def test_images_that_do_not_fit_are_refused() -> None:
     toy = Toy(torch.ones(1, SIZE, SIZE))
+    with pytest.raises(TypeError, match=r"LensingImages, got str: eqcvt\.data\.load\(path\) reads"):
+        evaluate(toy, "test.npz", device="cpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there are no images to evaluate"):
         evaluate(toy, rings(0), device="cpu")
     with pytest.raises(ValueError, match=r"model has 2 outputs, the data has 3 classes \(no_sub, "):
