@@ -76,11 +76,14 @@ def test_a_loaded_step_takes_its_images_from_a_set_and_trains(name: str) -> None
     case = Case("EqCvT", "loaded step", (2, 1, 33, 33))
     images, labels = models.batch(case, "cpu")
     net = models.plain(case, "cpu")
-    before = net.head.classifier.weight.detach().clone()
+    before, seen = net.head.classifier.weight.detach().clone(), []
+    net.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     step = models.whole_step(case, name, net, images, labels)
     for _ in range(9):
         step()
     assert not torch.equal(net.head.classifier.weight, before)
+    assert {x.shape for x in seen} == {images.shape}
+    assert not any(torch.equal(x, images) for x in seen)
     batches = models.loader(images, labels)
     assert (len(batches), batches.images.dtype) == (8, torch.uint8)
 
