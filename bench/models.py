@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -23,9 +24,10 @@ from bench.cases import Case
 from bench.implementations import IMPLEMENTATIONS, calls, contender
 from bench.timing import Function, synchronise
 from eqcvt.convert import to_escnn
-from eqcvt.data import Augment, Batches, LensingImages, to_unit
+from eqcvt.data import Augment, Batches, LensingImages
 from eqcvt.models import VisionModel
 from eqcvt.train import GraphedStep, Step
+from eqcvt.train.loop import _gather
 
 VARIANTS: dict[str, tuple[type[VisionModel], dict[str, Any]]] = {
     "EqCvT": (eqcvt.EqCvT, {}),
@@ -89,12 +91,8 @@ def whole_step(
     optimizer = Adam(module.parameters(), lr=1e-4, weight_decay=1e-7, fused=True, capturable=graph)
     amp = torch.bfloat16 if case.dtype == "bfloat16" else None
     if case.case == "loaded step":
-        batches, augment = loader(images, labels), Augment("rotate")
-
-        def prepare(places: Tensor) -> tuple[Tensor, Tensor]:
-            taken, theirs = batches.take(places)
-            return augment(to_unit(taken)), theirs
-
+        batches = loader(images, labels)
+        prepare = partial(_gather, batches, Augment("rotate"), module)  # what training does
         kind = GraphedStep if graph else Step
         loaded = kind(module, optimizer, prepare=prepare, amp=amp)
         places = cycle(list(batches.places()))
