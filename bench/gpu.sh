@@ -4,14 +4,20 @@
 # says what came of each. In ten minutes fit: build, test, check; tune, sanitize; bench.
 #
 #   OUT=folder PARTS="build test check" LIMITS="test=300 check=120" PYTHON=python3 bench/gpu.sh
+#
+# The part launches compares launches of one kernel and ships the fastest before all else:
+#
+#   PARTS="launches bench" LAUNCHES="conv_attention_attend_bwd 16 D32 HELD=0,8,4" bench/gpu.sh
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
 OUT=${OUT:-bench/results/session}
 PYTHON=${PYTHON:-.venv/bin/python}
 WORKERS=${WORKERS:-8}
-declare -A limits=([build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
+LAUNCHES=${LAUNCHES:-conv_attention_attend_bwd 16 D32 HELD=0,8,4 num_stages=2,3 --images 128 --images 16}
+declare -A limits=([launches]=110 [build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
 declare -A commands=(
+  [launches]="$PYTHON -m bench.launch_times $LAUNCHES --jobs $WORKERS --ship --out \"\$OUT/launches.json\""
   [build]="EQCVT_NATIVE=1 EQCVT_CUDA=1 $PYTHON setup.py build_ext --inplace"
   [test]="EQCVT_REQUIRE=cuda $PYTHON -m pytest -p no:benchmark -m gpu -n $WORKERS --dist worksteal tests"
   [check]="$PYTHON -m eqcvt tune --check-only --jobs $WORKERS --out \"\$OUT/tuned.json\""
@@ -23,7 +29,7 @@ parts=${PARTS:-build test check tune bench sanitize}
 
 for part in $parts; do
   if [ -z "${commands[$part]:-}" ]; then
-    echo "PARTS names $part, which is none of build test check tune bench sanitize" >&2
+    echo "PARTS names $part, which is none of launches build test check tune bench sanitize" >&2
     exit 2
   fi
 done

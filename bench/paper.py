@@ -51,6 +51,8 @@ MODELS = {
 TRAIN_SEED, TEST_SEED = 1, 2
 SHIPPED = ("eqcvt", "cvt")
 ORIGIN = ("command", "commit", "device", "threads", "versions")
+SELECTION = ("sets", "models", "recipes", "seeds")
+RUN = ("set", "model", "recipe", "seed")
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,16 @@ class Paper:
 def run(paper: Paper, say: Callable[[str], None]) -> dict[str, Any]:
     """Do all parts that are not done yet, and write ``results.json`` after each run.
 
+    Rows of runs that were made by an earlier call, and that this one does not name, stay.
+
     Returns:
         The content of ``results.json``: origin, settings, ``rows`` with what each run reached, and
         the paths of the pictures relative to the folder.
+
+    Raises:
+        ValueError: the folder has rows of other runs that were made with other settings.
     """
-    rows: list[dict[str, Any]] = []
-    pictures: list[Path] = []
+    rows, pictures = _others(paper)
     kind = resolve_device(paper.device).type
     content: dict[str, Any] = {
         **report.origin(),
@@ -166,6 +172,28 @@ def run(paper: Paper, say: Callable[[str], None]) -> dict[str, Any]:
     content["pictures"] = [str(p.relative_to(paper.out)) for p in pictures]
     report.write_json(paper.out / "results.json", content)
     return content
+
+
+def _others(paper: Paper) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Return what ``results.json`` has of runs that this call does not name: rows and pictures."""
+    path = paper.out / "results.json"
+    if not path.is_file():
+        return [], []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    named = {(of, *run) for of in paper.sets for run in paper.runs()}
+    rows = [r for r in before["rows"] if tuple(r[name] for name in RUN) not in named]
+    for name, now in paper.settings().items() if rows else ():
+        if name not in SELECTION and before["settings"][name] != now:
+            raise ValueError(
+                f"{path} has rows made with {name}={before['settings'][name]!r}, got {now!r}: one "
+                "table has one setting, so give another --out"
+            )
+    for row in rows:
+        measured = paper.folder(*(row[name] for name in RUN)) / "test.json"
+        if measured.is_file():  # with the curves
+            row["test"] = json.loads(measured.read_text(encoding="utf-8"))
+    pictures = [p for p in map(Path, before.get("pictures", ())) if p.parts[0] not in paper.sets]
+    return rows, [paper.out / p for p in pictures]
 
 
 def _row(paper: Paper, of: str, model: str, recipe: str, seed: int) -> dict[str, Any]:
@@ -218,15 +246,13 @@ def _draw(paper: Paper, of: str, rows: list[dict[str, Any]]) -> list[Path]:
     folder = paper.out / of / "pictures"
     curves = {f"{MODELS[r['model']][0]} {r['recipe']} {r['seed']}": r["history"] for r in mine}
     files = [plots.save(plots.training_curves(curves), folder / "training.png")]
-    if paper.seeds > 1:
-        ours = [row for row in mine if row["recipe"] == paper.recipes[0]]
+    ours = [row for row in mine if row["recipe"] == paper.recipes[0]]
+    if any(row["seed"] for row in ours):
         files.append(plots.save(over_seeds(ours), folder / "seeds.png"))
-    shown = [r for r in mine if r["seed"] == 0 and r["recipe"] == paper.recipes[0]]
+    shown = [row for row in ours if row["seed"] == 0 and "roc" in row["test"]["best"]]
     device = resolve_device(paper.device)
     names = {
-        MODELS[r["model"]][0]: _model(
-            paper.folder(of, r["model"], r["recipe"], r["seed"]) / "best", device
-        )
+        MODELS[r["model"]][0]: _model(paper.folder(*(r[name] for name in RUN)) / "best", device)
         for r in shown
     }
     results = {MODELS[r["model"]][0]: r["test"]["best"] for r in shown}
@@ -298,7 +324,7 @@ def ship(paper: Paper, content: Mapping[str, Any]) -> list[Path]:
             if not rows:
                 continue
             best = max(rows, key=lambda row: row["val_best"])
-            trained = paper.folder(of, model, best["recipe"], best["seed"])
+            trained = paper.folder(*(best[name] for name in RUN))
             target = PRETRAINED / f"{model}-{of}"
             with replacing_folder(target) as folder:
                 load_model(trained / "best").save_pretrained(folder)

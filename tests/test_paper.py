@@ -70,6 +70,18 @@ def test_other_settings_do_not_mix_with_an_older_table(tmp_path: Path) -> None:
         paper.run(small(tmp_path, models=("cvt",), seeds=1, epochs=2), lambda _: None)
 
 
+def test_rows_of_other_models_stay_in_the_table(tmp_path: Path) -> None:
+    first = paper.run(small(tmp_path, models=("cvt",), seeds=1), lambda _: None)
+    both = paper.run(small(tmp_path, models=("eqcvt",), seeds=1), lambda _: None)
+    assert [row["model"] for row in both["rows"]] == ["cvt", "eqcvt"]
+    assert (
+        both["rows"][0]["test"]["best"]["accuracy"] == first["rows"][0]["test"]["best"]["accuracy"]
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == both["rows"]
+    with pytest.raises(ValueError, match=r"rows made with epochs=1, got 2.*another --out"):
+        paper.run(small(tmp_path, models=("exact",), seeds=1, epochs=2), lambda _: None)
+
+
 def test_a_table_can_go_on_from_trained_weights(tmp_path: Path) -> None:
     first = small(tmp_path / "first", models=("cvt",), seeds=1)
     paper.run(first, lambda _: None)

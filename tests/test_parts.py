@@ -73,3 +73,12 @@ def test_parametrizations_and_hooks_that_look_on_are_no_hindrance() -> None:
     before = block(TOKENS) - TOKENS
     parametrize.register_parametrization(block.fc2, "weight", Half())
     torch.testing.assert_close(block(TOKENS) - TOKENS, before / 2)
+
+
+def test_a_compiled_block_refuses_them_too() -> None:
+    block = MlpBlock(STAGE, 0.0)
+    whole = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(TOKENS), block(TOKENS))
+    block.fc1 = Adapted(block.fc1.in_features, block.fc1.out_features)
+    with pytest.raises(TypeError, match=r"reads the parameters of 'fc1'"):
+        torch.compile(block, backend="eager")(TOKENS)

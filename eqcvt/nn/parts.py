@@ -20,8 +20,6 @@ def check_parts(block: nn.Module, *names: str) -> None:
         TypeError: a part that was replaced, as low-rank adapters, quantisation and torch's
             ``SyncBatchNorm`` do, or whose weight a hook makes, as pruning does.
     """
-    if torch.compiler.is_compiling():
-        return
     for name in names:
         part: nn.Module = getattr(block, name)
         kind = type(part)

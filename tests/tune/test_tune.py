@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import launch_times
 from eqcvt import tune
 from eqcvt.kernels import launches
 from eqcvt.ops import _backend, _proof
@@ -413,3 +415,51 @@ def test_a_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> No
     assert (wrong.returncode, "PARTS names chek" in wrong.stderr) == (2, True)
     wrong = session(LIMITS="check=soon")
     assert (wrong.returncode, "LIMITS must be a list" in wrong.stderr) == (2, True)
+
+
+@triton
+@pytest.mark.usefixtures("small")
+def test_launches_are_compared_and_the_fastest_right_one_is_shipped(tmp_path: Path) -> None:
+    key, path = "sm90 mlp_block_fwd 32 D32", tmp_path / "launches.json"
+    tried = launch_times.candidates(key, {"num_warps": [1, 8], "num_stages": [1, 2]}, 90)
+    now = launches.nearest("mlp_block_fwd", 32, "D32", 90)
+    assert tried[0] == now
+    assert {(t["num_warps"], t["num_stages"]) for t in tried[1:]} <= {
+        (w, s) for w in (1, 8) for s in (1, 2)
+    }
+
+    def judged(launch: launches.Launch, precision: str) -> str | None:
+        wrong = precision == "tf32" and (launch["num_warps"], launch["num_stages"]) == (8, 2)
+        return "result 0: error" if wrong else None
+
+    rows = list(
+        launch_times.compare(
+            "mlp_block", key, tried, [1, 2], check=judged, timer=Clock(), device="cpu", jobs=2
+        )
+    )
+    assert [row.launch for row in rows] == [*tried, now]
+    assert all(bool(row.ms) == (row.wrong is None) for row in rows)
+    times = {(r.launch["num_warps"], r.launch["num_stages"]): r.ms for r in rows}
+    assert times[8, 2] == {}
+    assert times[8, 1] == {1: 1.0, 2: 1.0}
+    with pytest.raises(ValueError, match="num_warps must be one of 1, 2, 4, 8, got 3"):
+        launch_times.candidates(key, {"num_warps": [3]}, 90)
+    with pytest.raises(ValueError, match="look 'mlp_block_bwd 16 D128' up nowhere"):
+        launch_times.steps("mlp_block", "mlp_block_bwd 16 D128", 1, "cpu")
+
+    shipped = launches.FILE.read_text()
+    path.write_text(shipped)
+    old = next(name for name in json.loads(shipped) if name.startswith("sm80 mlp_block_fwd"))
+    launch_times.ship(old, launches.table()[old], path)
+    assert path.read_text() == shipped
+    launch_times.ship(key, tried[-1], path)
+    assert json.loads(path.read_text()) == json.loads(shipped) | {key: tried[-1]}
+    assert set(shipped.splitlines()) < set(path.read_text().splitlines())
+
+
+def test_comparing_launches_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, "-m", "bench.launch_times", "lift_blur", "16", "any", "ROWS=4,8"]
+    done = subprocess.run(command, cwd=KERNELS.parent, capture_output=True, text=True)
+    assert (done.returncode, "torch sees no CUDA device" in done.stderr) == (1, True)
