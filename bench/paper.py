@@ -289,6 +289,7 @@ COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], float], str], ...] = (
     ("AUC", lambda r: r["test"]["best"]["auc"][-1], ".4f"),
     ("calibr.\nerror, %", lambda r: 100 * r["test"]["best"]["ece"], ".1f"),
     ("std of logits\n8 x 45°", lambda r: r["test"]["best"]["rotation"]["std_45"], ".3f"),
+    ("the same\n+ 22.5°", lambda r: r["test"]["best"]["rotation"]["std_22"], ".3f"),
     ("std of logits\ngroup", lambda r: r["test"]["best"]["rotation"]["std_group"], ".2g"),
     ("training\ns", lambda r: r["seconds"], ".0f"),
 )
@@ -347,7 +348,7 @@ def _card(paper: Paper, content: Mapping[str, Any], row: Mapping[str, Any]) -> d
         "test": {
             "images": test["n"],
             **{k: test[k] for k in ("accuracy", "auc", "ece", "loss")},
-            **{k: test["rotation"][k] for k in ("std_45", "std_group", "residual_group")},
+            **{k: test["rotation"][k] for k in ("std_45", "std_22", "std_group", "residual_group")},
         },
         **{k: content[k] for k in ORIGIN},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,6 +66,27 @@ def fraction(what: str, given: object, *, below_one: bool = True) -> float:
     if not 0 <= value <= 1 or (below_one and value == 1):
         raise ValueError(f"{what} must lie in [0, 1{')' if below_one else ']'}, got {given}")
     return value
+
+
+def probability(what: str, given: float) -> None:
+    """Refuse what is no probability below 1; unlike ``fraction``, Dynamo can trace this."""
+    if not 0 <= given < 1:
+        raise ValueError(f"{what} must lie in [0, 1), got {given}")
+
+
+def shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
+    """Refuse tensors of other shapes than an op's kernels read, which take them as they come.
+
+    Args:
+        op: the op's name.
+        expected: by the name of each argument, the tensor given, or None, and its right shape.
+
+    Raises:
+        ValueError: naming the first that differs, its shape and the right one.
+    """
+    for name, (given, shape) in expected.items():
+        if given is not None and given.shape != tuple(shape):
+            raise ValueError(f"{op} needs {name} {list(shape)}, got {list(given.shape)}")
 
 
 def amp_dtype(amp: str, device_type: str) -> torch.dtype | None:

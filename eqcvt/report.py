@@ -223,6 +223,7 @@ def summary(
         "AUC": lambda r: "-" if None in r["auc"] else f"{float(np.mean(r['auc'])):.3f}",
         "calibr.\nerror": lambda r: f"{100 * r['ece']:.1f} %",
         "std of\nlogits,\n8 x 45°": lambda r: f"{r['rotation']['std_45']:.3f}",
+        "the\nsame,\n+ 22.5°": lambda r: f"{r['rotation']['std_22']:.3f}",
         "std of\nlogits,\ngroup": lambda r: f"{r['rotation']['std_group']:.2g}",
         "residual,\ngroup": lambda r: f"{r['rotation']['residual_group']:.2g}",
         "training\nseconds": lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "-",

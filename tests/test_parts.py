@@ -30,6 +30,20 @@ def test_an_adapted_linear_map_is_refused(part: str) -> None:
         block(TOKENS)
 
 
+def test_a_forward_of_its_own_is_refused() -> None:
+    block = MlpBlock(STAGE, 0.0)
+    block.fc1.forward = lambda x: 2 * x
+    with pytest.raises(TypeError, match=r"what its own forward does would be left out"):
+        block(TOKENS)
+
+
+def test_norms_of_projections_with_more_than_one_eps_are_refused() -> None:
+    block = ConvAttention(STAGE, 0.0)
+    block.k_conv.norm.eps = 0.5
+    with pytest.raises(ValueError, match=r"must have one eps, got \[1e-05, 0\.5\]"):
+        block(TOKENS)
+
+
 @pytest.mark.parametrize(
     "block", [ConvAttention(STAGE, 0.0), MlpBlock(STAGE, 0.0), TokenEmbed(8, STAGE)]
 )

@@ -178,11 +178,11 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
     def front(self, x: Tensor) -> Tensor:
         """Return the feature maps that the first stage reads: the images, if there is no front."""
+        self._check_input(x)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the last stage's tokens ``[B, D, H', W']``."""
-        self._check_input(x)
         x = self.front(x)
         for stage in self.stages:
             x = stage(x)
@@ -212,7 +212,6 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         Computed as in evaluation, whatever mode the model is in.
         ``token_grids`` gives each stage's grids, by which ``N`` and ``M`` unfold into pictures.
         """
-        self._check_input(x)
         maps = []
         with evaluating(self):
             x = self.front(x)

@@ -201,6 +201,7 @@ class EqCvT(VisionModel):
 
     def front(self, x: Tensor) -> Tensor:
         """Return the steerable front's maps ``[B, fields, H', W']``, which turn with the image."""
+        self._check_input(x)
         for block in self.lift:
             x = block(x)
         return x

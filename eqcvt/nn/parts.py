@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from eqcvt.nn.norm import BatchNorm, LayerNorm
@@ -18,18 +17,20 @@ def check_parts(block: nn.Module, *names: str) -> None:
 
     Raises:
         TypeError: a part that was replaced, as low-rank adapters, quantisation and torch's
-            ``SyncBatchNorm`` do, or whose weight a hook makes, as pruning does.
+            ``SyncBatchNorm`` do, that was given another ``forward``, or whose weight a hook makes,
+            as pruning does.
     """
     for name in names:
         part: nn.Module = getattr(block, name)
         kind = type(part)
-        if kind.forward not in _KNOWN:
+        if kind.forward not in _KNOWN or "forward" in part.__dict__:
+            what = "its own forward" if "forward" in part.__dict__ else kind.__name__
             advice = "a change of its weights can be a torch.nn.utils.parametrize parametrization"
             if isinstance(part, nn.SyncBatchNorm):
                 advice = "eqcvt.nn.set_sync_batch_norm(model, group) makes processes share theirs"
             raise TypeError(
                 f"{type(block).__name__} reads the parameters of {name!r} and never calls it, so "
-                f"what {kind.__name__} does would be left out: keep the part as it was; {advice}"
+                f"what {what} does would be left out: keep the part as it was; {advice}"
             )
         if part._forward_pre_hooks and "weight" in part.__dict__:
             raise TypeError(

@@ -176,6 +176,15 @@ class ConvAttention(nn.Module):
         self.v = nn.Linear(dim, width, bias)
         self.out = nn.Linear(width, dim)
 
+    def _projections(self) -> list[DepthwiseProjection]:
+        return [p for p in (self.q_conv, self.k_conv, self.v_conv) if p is not None]
+
+    def _eps(self) -> float:
+        given = [p.norm.eps for p in self._projections()]
+        if any(eps != given[0] for eps in given):
+            raise ValueError(f"the norms of the projections must have one eps, got {given}")
+        return given[0]
+
     def _norm(self) -> ops.Norm:
         return ops.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
 
@@ -188,7 +197,6 @@ class ConvAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``[B, D, H, W]`` to tokens, the residual included."""
         check_parts(self, "norm", "q", "k", "v", "out")
-        projections = [p for p in (self.q_conv, self.k_conv, self.v_conv) if p is not None]
         y, statistics = ops.conv_attention(
             x,
             x,
@@ -200,11 +208,11 @@ class ConvAttention(nn.Module):
             heads=self.heads,
             kv_stride=self.kv_stride,
             dropout=self.dropout if self.training else 0.0,
-            eps=self.q_conv.norm.eps,
+            eps=self._eps(),
             process_group=self.q_conv.norm.process_group,
             backend=self.backend,
         )
-        track([projection.norm for projection in projections], statistics)
+        track([projection.norm for projection in self._projections()], statistics)
         return y
 
     def weights(self, x: Tensor) -> Tensor:
@@ -217,7 +225,7 @@ class ConvAttention(nn.Module):
             norm=self._norm(),
             heads=self.heads,
             kv_stride=self.kv_stride,
-            eps=self.q_conv.norm.eps,
+            eps=self._eps(),
         )
 
     def extra_repr(self) -> str:

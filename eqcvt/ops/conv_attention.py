@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from eqcvt._check import probability, shapes
 from eqcvt.ops import _backend
 from eqcvt.ops._conv_attention import attend, fold, project
 from eqcvt.ops._register import as_autocast, autocast, parameter, parameter_dtype, seed_of
@@ -198,7 +199,7 @@ def conv_attention(
         batch's mean and unbiased variance ``[D]``, or None where running statistics were given.
 
     Raises:
-        ValueError: if shapes do not fit together.
+        ValueError: if shapes do not fit together, or ``dropout`` is not in [0, 1).
         CannotServe: if the backend asked for by name cannot serve the call.
     """
     if x.dim() != 4 or x.shape != residual.shape:
@@ -206,6 +207,9 @@ def conv_attention(
             f"conv_attention needs x and residual [B, D, H, W] of one shape, "
             f"got {list(x.shape)} and {list(residual.shape)}"
         )
+    probability("dropout", dropout)
+    if min(heads, kv_stride) < 1:
+        raise ValueError(f"heads and kv_stride must be at least 1, got {heads} and {kv_stride}")
     width = w.q.shape[0]
     if width % heads:
         raise ValueError(f"{width} query channels cannot be split into {heads} heads")
@@ -223,11 +227,7 @@ def conv_attention(
                 f"a depthwise projection of {x.shape[1]} channels needs filters "
                 f"[{x.shape[1]}, 1, k, k] with odd k, got {list(p.filters.shape)}"
             )
-    if norm is not None and not norm.weight.shape == norm.bias.shape == x.shape[1:2]:
-        raise ValueError(
-            f"norm needs a weight and a bias [{x.shape[1]}], "
-            f"got {list(norm.weight.shape)} and {list(norm.bias.shape)}"
-        )
+    _check_parameters(x.shape[1], q, k, v, w, norm)
     chosen = _backend.choose(
         "conv_attention",
         x.device,
@@ -254,6 +254,25 @@ def conv_attention(
         eps=eps,
         process_group=process_group,
     )
+
+
+def _check_parameters(
+    dim: int, q: Depthwise, k: Depthwise, v: Depthwise | None, w: Pointwise, norm: Norm | None
+) -> None:
+    expected: dict[str, tuple[Tensor | None, Sequence[int]]] = {}
+    for name, p in (("q", q), ("k", k), ("v", v), ("norm", norm)):
+        if p is not None:
+            expected |= {f"{name}.weight": (p.weight, (dim,)), f"{name}.bias": (p.bias, (dim,))}
+        if isinstance(p, Depthwise) and p.running is not None:
+            expected[f"{name}'s running mean"] = (p.running[0], (dim,))
+            expected[f"{name}'s running variance"] = (p.running[1], (dim,))
+    for name in ("q", "k", "v"):
+        matrix = getattr(w, name)
+        expected[f"w.{name}"] = (matrix, (matrix.shape[0], dim))
+        expected[f"w.{name}_bias"] = (getattr(w, f"{name}_bias"), matrix.shape[:1])
+    expected["w.out"] = (w.out, (dim, w.v.shape[0]))
+    expected["w.out_bias"] = (w.out_bias, (dim,))
+    shapes("conv_attention", expected)
 
 
 def attention_weights(

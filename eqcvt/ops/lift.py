@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from eqcvt._check import shapes
 from eqcvt.ops import _backend
 from eqcvt.ops._register import (
     as_autocast,
@@ -225,6 +226,23 @@ def lift(
             f"lift needs x [B, C, H, W] and bank [F, G, C, k, k] with the same C, "
             f"got {list(x.shape)} and {list(bank.shape)}"
         )
+    if min(stride, blur_stride) < 1 or padding < 0:
+        raise ValueError(
+            "stride and blur_stride must be at least 1 and padding at least 0, "
+            f"got {stride}, {blur_stride} and {padding}"
+        )
+    line = bank.shape[:1]
+    mean, variance = running or (None, None)
+    shapes(
+        "lift",
+        {
+            "norm_weight": (norm_weight, line),
+            "norm_bias": (norm_bias, line),
+            "the running mean": (mean, line),
+            "the running variance": (variance, line),
+            "mask": (mask, x.shape[-2:]),
+        },
+    )
     if blur is not None and (blur.dim() != 1 or blur.shape[0] % 2 == 0):
         raise ValueError(f"blur is a line [k] with odd k, got {list(blur.shape)}")
     size = conv_size(min(x.shape[-2:]), bank.shape[-1], stride, padding)
@@ -234,20 +252,25 @@ def lift(
         raise ValueError(
             f"an image of {x.shape[-2]}x{x.shape[-1]} pixels is too small for "
             f"{bank.shape[-1]}x{bank.shape[-1]} filters with padding {padding}"
+            + ("" if blur is None else f" and a blur of {blur.shape[0]} pixels")
         )
     chosen = _backend.choose(
         "lift",
         x.device,
         as_autocast(x).dtype,
         backend,
-        lambda module: module.supports(
-            as_autocast(x),
-            bank,
-            blur,
-            stride=stride,
-            padding=padding,
-            blur_stride=blur_stride,
-            pool=pool,
+        lambda module: (
+            "its mask and blur are constants, and one of them needs a gradient"
+            if any(t is not None and t.requires_grad for t in (mask, blur))
+            else module.supports(
+                as_autocast(x),
+                bank,
+                blur,
+                stride=stride,
+                padding=padding,
+                blur_stride=blur_stride,
+                pool=pool,
+            )
         ),
     )
     implementation = lift_reference if chosen == "reference" else partial(_lift_fused, chosen)

@@ -15,6 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from eqcvt._check import probability, shapes
 from eqcvt.ops import _backend
 from eqcvt.ops._register import as_autocast, autocast, define, parameter, parameter_dtype, seed_of
 from eqcvt.ops.norm import layer_norm
@@ -75,14 +76,26 @@ def mlp_block(
         Tokens of the shape of ``x``.
 
     Raises:
-        ValueError: if the channels do not fit.
+        ValueError: if shapes do not fit together, or ``dropout`` is not in [0, 1).
         CannotServe: if the backend asked for by name cannot serve the call.
     """
-    if x.dim() != 4 or x.shape[1] != w1.shape[1] or w1.shape[0] != w2.shape[1]:
+    if x.dim() != 4 or w1.dim() != 2 or x.shape[1] != w1.shape[1]:
         raise ValueError(
-            f"mlp_block needs x [B, D, H, W], w1 [E, D], w2 [D, E], "
-            f"got {list(x.shape)}, {list(w1.shape)}, {list(w2.shape)}"
+            f"mlp_block needs x [B, D, H, W] and w1 [E, D], "
+            f"got {list(x.shape)} and {list(w1.shape)}"
         )
+    probability("dropout", dropout)
+    hidden, dim = w1.shape
+    shapes(
+        "mlp_block",
+        {
+            "norm_weight": (norm_weight, (dim,)),
+            "norm_bias": (norm_bias, (dim,)),
+            "b1": (b1, (hidden,)),
+            "w2": (w2, (dim, hidden)),
+            "b2": (b2, (dim,)),
+        },
+    )
     chosen = _backend.choose(
         "mlp_block",
         x.device,

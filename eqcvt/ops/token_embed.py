@@ -16,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from eqcvt._check import shapes
 from eqcvt.ops import _backend
 from eqcvt.ops._register import as_autocast, autocast, define, parameter, parameter_dtype
 from eqcvt.ops.lift import conv_size
@@ -67,14 +68,30 @@ def token_embed(
         Tokens ``[B, D, H', W']``.
 
     Raises:
-        ValueError: if the channels do not fit.
+        ValueError: if shapes do not fit together.
         CannotServe: if the backend asked for by name cannot serve the call.
     """
+    if filters.dim() != 4 or filters.shape[2] != filters.shape[3]:
+        raise ValueError(f"token_embed needs filters [D, C, k, k], got {list(filters.shape)}")
     if x.dim() != 4 or x.shape[1] != filters.shape[1]:
         raise ValueError(
             f"token_embed needs x [B, {filters.shape[1]}, H, W] for these filters, "
             f"got {list(x.shape)}"
         )
+    if stride < 1 or padding < 0:
+        raise ValueError(
+            f"stride must be at least 1 and padding at least 0, got {stride} and {padding}"
+        )
+    if conv_size(min(x.shape[-2:]), filters.shape[-1], stride, padding) < 1:
+        raise ValueError(
+            f"maps of {x.shape[-2]}x{x.shape[-1]} pixels are too small for "
+            f"{filters.shape[-1]}x{filters.shape[-1]} filters with padding {padding}"
+        )
+    line = filters.shape[:1]
+    shapes(
+        "token_embed",
+        {"bias": (bias, line), "norm_weight": (norm_weight, line), "norm_bias": (norm_bias, line)},
+    )
     chosen = _backend.choose(
         "token_embed",
         x.device,

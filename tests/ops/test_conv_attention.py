@@ -266,9 +266,7 @@ def test_wrong_shapes_are_named(change: dict[str, object], message: str) -> None
 def test_a_norm_of_other_tokens_is_refused() -> None:
     x = torch.randn(1, 4, 5, 5)
     norm = ops.Norm(torch.ones(5), torch.zeros(4))
-    with pytest.raises(
-        ValueError, match=r"norm needs a weight and a bias \[4\], got \[5\] and \[4\]"
-    ):
+    with pytest.raises(ValueError, match=r"needs norm\.weight \[4\], got \[5\]"):
         ops.conv_attention(
             x, x, _depthwise(4), _depthwise(4), None, _pointwise(4, 2, 4), norm=norm, heads=2
         )

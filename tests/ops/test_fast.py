@@ -65,6 +65,56 @@ def test_autocast_gives_bfloat16_and_keeps_statistics_and_gradients_in_float32(
         assert_as_good(mine.to(torch.bfloat16), true, rounded.to(torch.bfloat16), backward=True)
 
 
+@pytest.mark.parametrize("chosen", ["native", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_parameters_of_other_shapes_are_refused(op: str, chosen: str) -> None:
+    # Kernels read as many numbers as the first of them says, and write as many gradients.
+    for training in (True, False):
+        call, inputs = CALLS[op](training)
+        with use_backend(chosen):
+            for i, t in enumerate(inputs[1:], 1):
+                for other in (t[:1], t[:-1], torch.cat([t, t])):
+                    with pytest.raises(ValueError, match=r"got|do not fit|cannot be split"):
+                        call(*inputs[:i], other, *inputs[i + 1 :])
+
+
+@pytest.mark.parametrize("chosen", ["native", "reference"])
+@pytest.mark.parametrize("shape", [(9, 8), (1, 9), (1, 1), (2, 9, 9), (8, 9)])
+def test_a_mask_of_another_shape_is_refused(shape: tuple[int, ...], chosen: str) -> None:
+    x, bank, line = torch.rand(2, 2, 9, 9), torch.rand(3, 4, 2, 3, 3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"lift needs mask \[9, 9\], got"):
+        ops.lift(x, bank, line, line, None, torch.ones(shape), backend=chosen)
+    with pytest.raises(ValueError, match=r"needs the running variance \[3\], got \[1\]"):
+        ops.lift(x, bank, line, line, (line, line[:1]), backend=chosen)
+
+
+@pytest.mark.parametrize("chosen", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("op", "options", "message"),
+    [
+        ("lift", {"stride": 0}, "must be at least 1 and padding at least 0, got 0, 1 and 1"),
+        ("lift", {"blur_stride": 0}, "must be at least 1 and padding at least 0, got 1, 0 and 1"),
+        ("lift", {"padding": -1}, "must be at least 1 and padding at least 0, got 1, 1 and -1"),
+        (
+            "lift",
+            {"shape": (1, 2, 6, 6)},
+            "too small for 5x5 filters with padding 1 and a blur of 5",
+        ),
+        ("conv_attention", {"kv_stride": 0}, "heads and kv_stride must be at least 1, got 3 and 0"),
+        ("conv_attention", {"dropout": 1.5}, r"dropout must lie in \[0, 1\), got 1.5"),
+        ("mlp_block", {"dropout": -1}, r"dropout must lie in \[0, 1\), got -1"),
+        ("token_embed", {"stride": 0}, "stride must be at least 1 .* got 0 and 1"),
+        ("token_embed", {"shape": (1, 5, 1, 1), "padding": 0}, "1x1 pixels are too small for 3x3"),
+    ],
+)
+def test_options_out_of_range_are_named(
+    op: str, options: dict[str, Any], message: str, chosen: str
+) -> None:
+    call, inputs = CALLS[op](True, **options)
+    with use_backend(chosen), pytest.raises(ValueError, match=message):
+        call(*inputs)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_strided_inputs_and_gradients_give_the_same(op: str, backend: str) -> None:
     torch.manual_seed(1)

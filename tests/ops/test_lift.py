@@ -247,3 +247,17 @@ def test_wrong_shapes_are_named(shape: tuple[int, ...], kernel: int, message: st
     _, bank, scale, shift = _inputs(kernel=kernel)
     with pytest.raises(ValueError, match=message):
         ops.lift(torch.zeros(shape, dtype=torch.float64), bank, scale, shift)
+
+
+def test_a_mask_or_blur_that_learns_has_its_gradient_from_plain_pytorch() -> None:
+    x, bank, line = torch.rand(1, 1, 9, 9), torch.rand(2, 4, 1, 3, 3), torch.ones(2)
+    for name in ("mask", "blur"):
+        chosen = {"mask": torch.rand(9, 9), "blur": torch.rand(3)}
+        chosen[name].requires_grad_()
+        y, _, _ = ops.lift(x, bank, line, line, None, **chosen)
+        y.sum().backward()
+        assert chosen[name].grad is not None
+        with pytest.raises(
+            ops.CannotServe, match="are constants, and one of them needs a gradient"
+        ):
+            ops.lift(x, bank, line, line, None, **chosen, backend="native")

@@ -98,7 +98,7 @@ def test_invariant_toy_does_not_move(group: str) -> None:
 
 def test_constant_toy_gives_zero() -> None:
     robust = evaluate(Toy(torch.zeros(1, SIZE, SIZE)), rings(3), device="cpu")["rotation"]
-    assert (robust["std_45"], robust["std_group"], robust["residual_group"]) == (0, 0, 0)
+    assert {robust[k] for k in ("std_45", "std_22", "std_group", "residual_group")} == {0}
     assert robust["logits_mean"] == [[0.0, 0.0]] * 8
     assert robust["angles"] == [0, 45, 90, 135, 180, 225, 270, 315]
 
@@ -120,6 +120,18 @@ def test_corner_toy_by_hand() -> None:
     assert robust["std_group"] == pytest.approx(8 * math.sqrt(1 / 4 - 1 / 16))
     assert robust["std_45"] == pytest.approx(8 * math.sqrt(1 / 8 - 1 / 64))
     assert robust["logits_mean"][0] == [8, -8]
+
+
+def test_what_looks_at_the_noise_alone_moves_where_some_turns_interpolate() -> None:
+    class Noise(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            middle = x[..., 8:25, 8:25]  # which no turn mixes with what comes from outside
+            return middle.flatten(1).std(1)[:, None] * torch.tensor([1.0, -1.0])
+
+    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE), np.uint8)
+    data = LensingImages(images, np.zeros(4, np.uint8))
+    robust = evaluate(Noise(torch.zeros(1, SIZE, SIZE)), data, device="cpu")["rotation"]
+    assert robust["std_45"] > 5 * robust["std_22"]
 
 
 def test_mirrors_count_for_d_groups_only() -> None:
