@@ -328,12 +328,19 @@ def test_wrong_types_are_refused() -> None:
     [
         ("layers.0.0", "padding", (0, 0), "layers.0.0.padding must be 1, got 0"),
         ("layers.0.0", "stride", (2, 1), r"layers.0.0.stride=\(2, 1\) is not one number"),
-        ("layers.5", "eps", 1e-3, "layers.5 has eps=0.001 and momentum=0.1"),
-        ("layers.5", "momentum", None, "layers.5 has eps=1e-05 and momentum=None"),
-        ("layers.0.1", "eps", 1e-6, "layers.0.1 has eps=1e-06"),
+        ("layers.5", "eps", 1e-3, "layers.5.eps must be 1e-05, got 0.001"),
+        ("layers.5", "momentum", None, "layers.5.momentum must be 0.1, got None"),
+        ("layers.0.1", "eps", 1e-6, "layers.0.1.eps must be 1e-05, got 1e-06"),
         ("layers.1.2.layers.1.0.fn", "heads", 2, "has other strides or heads than block 0"),
         ("layers.0.2.layers.0.1.fn.net.4", "p", 0.5, r"several dropout rates, \[0.1, 0.5\]"),
         ("layers.0.2.layers.0.0.fn.to_q.net.0", "stride", (2, 2), "stride must be 1, got 2"),
+        ("layers.0.2.layers.0.0.fn.to_kv.net.0", "dilation", (2, 2), "dilation must be 1, got 2"),
+        ("layers.0.2.layers.0.0.fn.to_kv.net.0", "padding", (2, 2), "padding must be 1, got 2"),
+        ("layers.0.2.layers.0.0.fn.to_q.net.0", "padding_mode", "reflect", "must be 'zeros'"),
+        ("layers.0.0", "padding_mode", "circular", "must be 'zeros', got 'circular'"),
+        ("layers.0.2.layers.0.0.fn", "scale", 1.0, "fn.scale must be 0.5, got 1.0"),
+        ("layers.5", "track_running_stats", False, "stats must be True, got False"),
+        ("layers.6", "forward", torch.relu, r"must be ELU\(alpha=1.0\) with torch's own forward"),
     ],
 )
 def test_live_settings_without_a_counterpart_are_refused(
@@ -351,6 +358,25 @@ def test_live_model_without_a_module_is_refused() -> None:
     attention.to_out = attention.to_out[:1]
     with pytest.raises(ValueError, match=r"has no module 'layers.0.2.layers.0.0.fn.to_out.1'"):
         from_escnn(author)
+
+
+def test_other_modules_of_the_same_function_are_taken() -> None:
+    model = CvT(image_size=33, stages=SMALL_STAGES, dropout=0.0)
+    author: Any = to_escnn(model)
+    # As other authors write it: a softmax module, lists for blocks, one activation for all.
+    block = author.layers[1][2].layers[0]
+    block[0].fn.attend = nn.Softmax(dim=-1)
+    block[0].fn.dropout = nn.Dropout(0.0)
+    block[0].fn.to_out[1] = nn.Identity()
+    author.layers[1][2].layers[1][1].fn.net[1] = block[1].fn.net[1]
+    author.layers[1][2].layers[0] = nn.ModuleList(block)
+    author.layers[2] = nn.AdaptiveAvgPool2d((1, 1))
+    author.layers[3] = type("Rearrange", (nn.Flatten,), {"__module__": "einops.layers.torch"})()
+    author.layers[6] = nn.ELU(inplace=True)
+    author.criterion = nn.CrossEntropyLoss()
+    back = from_escnn(author)
+    assert back.config == model.config
+    assert same_weights(back, model) == 0
 
 
 def test_wrapped_live_models_are_unwrapped() -> None:

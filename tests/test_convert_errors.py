@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from eqcvt import EqCvT
-from eqcvt.convert import load_published
+from eqcvt import CvT, EqCvT
+from eqcvt.convert import from_escnn, load_published, to_escnn
 from tests.published import (
     SAMPLED,
     SMALL,
+    SMALL_STAGES,
     State,
+    needs_escnn,
     published_cvt,
     published_eqcvt,
     saved,
@@ -225,3 +228,77 @@ def test_missing_truncated_whole_model_and_folder(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"a\.safetensors is not a whole safetensors file"):
         load_published(tmp_path / "a.safetensors")
+
+
+BLOCK = "layers.0.2.layers.0"
+
+
+class Doubled(nn.ELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def put(author: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace a module, or add one, under a name of any form."""
+    parent, _, name = path.rpartition(".")
+    author.get_submodule(parent)._modules[name] = module
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "message"),
+    [
+        (f"{BLOCK}.1.fn.net.1", nn.ReLU(), r" must be GELU\(.* with torch's own.*, got ReLU\(\)"),
+        (f"{BLOCK}.1.fn.net.1", nn.GELU("tanh"), ".approximate must be 'none', got 'tanh'"),
+        ("layers.2", nn.AdaptiveMaxPool2d(1), r" must be AdaptiveAvg.*, got AdaptiveMaxPool2d\("),
+        ("layers.2", nn.AdaptiveAvgPool2d(2), ".output_size must be 1, got 2"),
+        ("layers.6", nn.ELU(0.3), ".alpha must be 1.0, got 0.3"),
+        ("layers.6", nn.ReLU(), r" must be ELU\(alpha=1.0\) .*, got ReLU\(\)"),
+        ("layers.6", Doubled(), r" must be ELU\(alpha=1.0\) with torch's own.*, got Doubled\("),
+        ("layers.8", nn.Softmax(-1), r" is Softmax\(dim=-1\), and the published layout has nothi"),
+        (f"{BLOCK}.0.fn.attend", nn.Softmax(1), r" is Softmax\(dim=1\), and .* put nn.Identity"),
+        (f"{BLOCK}.0.fn.dropout", nn.Dropout(0.1), r" is Dropout\(p=0.1, .* nothing there"),
+        (f"{BLOCK}.0.fn.to_out.1", nn.Dropout2d(0.1), r" must be Dropout\(p=0.1.*, got Dropout2d"),
+        ("layers.5", nn.SyncBatchNorm(128), r" must be BatchNorm1d\(.*, got SyncBatchNorm\("),
+    ],
+)
+def test_live_modules_of_other_functions_are_refused(
+    path: str, module: nn.Module, message: str
+) -> None:
+    author = to_escnn(CvT(image_size=33, stages=SMALL_STAGES))
+    put(author, path, module)
+    with pytest.raises(ValueError, match=f"AuthorModel: {path}{message}"):
+        from_escnn(author)
+
+
+@needs_escnn
+def test_a_front_of_other_functions_is_refused() -> None:
+    model = EqCvT(1, **SMALL)
+    author: Any = to_escnn(model)
+    from escnn import nn as enn
+
+    fields = author.gpool.in_type
+    changes: list[tuple[str, nn.Module, str]] = [
+        ("block1.3", enn.ELU(fields), r"block1.3 must be escnn's or e2cnn's ReLU, got ELU\("),
+        ("block1.3", nn.ReLU(), r"block1.3 must be escnn's or e2cnn's ReLU, got ReLU\(\)"),
+        ("gpool", enn.NormPool(fields), r"gpool must be escnn's or e2cnn's GroupPooling, got Norm"),
+        ("block1.4", enn.ReLU(fields), r"block1.4 is ReLU\(.*, and the published layout has noth"),
+        ("pool1", enn.SequentialModule(author.pool1, enn.ELU(fields)), r"pool1.1 is ELU\("),
+    ]
+    for path, module, message in changes:
+        author = to_escnn(model)
+        put(author, path, module)
+        with pytest.raises(ValueError, match=message):
+            from_escnn(author)
+    for path, attribute, value in (
+        ("block1.1", "padding_mode", "reflect"),
+        ("block1.2.batch_norm_[4]", "eps", 1e-3),
+        ("pool1", "padding", (1, 1)),
+    ):
+        author = to_escnn(model)
+        setattr(author.get_submodule(path), attribute, value)
+        with pytest.raises(ValueError, match=rf"{re.escape(path)}\.{attribute} must be "):
+            from_escnn(author)
+    author = to_escnn(model)
+    del author.block1._modules["3"]
+    with pytest.raises(ValueError, match=r"AuthorModel has no module 'block1\.3'"):
+        from_escnn(author)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from torch import nn
 
-from eqcvt.convert.author import AuthorModel, export_model, live_settings
+from eqcvt.convert.author import AuthorModel, export_model
 from eqcvt.convert.build import Settings, build_model
 from eqcvt.convert.files import read_state
 from eqcvt.convert.layout import read_layout
+from eqcvt.convert.live import check_modules, live_settings
 from eqcvt.models import CvT, EqCvT, VisionModel
 
 __all__ = ["AuthorModel", "from_escnn", "is_published", "load_published", "to_escnn"]
@@ -90,6 +91,9 @@ def is_published(module: nn.Module) -> bool:
 def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | CvT:
     """Return our model with the weights and statistics of a live model of the published layout.
 
+    Its modules and their settings are held to the published ones, but what the forward of its own
+    classes does cannot be seen. The parameters are new and all trained; hooks are not carried over.
+
     Args:
         module: the model, made of e2cnn or escnn modules or by :func:`to_escnn`.
         image_size: height and width of a CvT's images; None for the module's ``image_size``
@@ -101,7 +105,7 @@ def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | C
 
     Raises:
         TypeError: if ``module`` is not a module.
-        ValueError: if its layout or one of its settings has no counterpart here.
+        ValueError: if its layout, a module or a setting has no counterpart here.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"from_escnn takes a torch module, got {type(module).__name__}")
@@ -119,6 +123,7 @@ def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | C
     layout = read_layout(state, source)
     settings = live_settings(module, layout, image_size, source)
     model = build_model(state, layout, settings, source)
+    check_modules(module, layout, model.config, source)
     return model.to(next(iter(tensors.values())).device).train(module.training)
 
 

@@ -1,4 +1,4 @@
-"""Live models of the published layout: built from ours, and their settings read."""
+"""Live models of the published layout, built from ours."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from eqcvt.convert import _escnn
-from eqcvt.convert.build import Settings
 from eqcvt.convert.filters import LARGEST_RESIDUAL, solve
-from eqcvt.convert.layout import WEIGHTS, Layout, read_layout
+from eqcvt.convert.layout import WEIGHTS, read_layout
 from eqcvt.groups import Group, lifting_basis
 from eqcvt.models import VisionModel
 from eqcvt.nn import Stage
 from eqcvt.ops import filter_bank
-
-_EPS, _MOMENTUM = 1e-5, 0.1
 
 
 class _ChannelNorm(nn.Module):
@@ -24,7 +21,7 @@ class _ChannelNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = _EPS
+        self.eps = 1e-5
         self.g = nn.Parameter(torch.ones(1, dim, 1, 1))
         self.b = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
@@ -69,7 +66,7 @@ class _Attention(nn.Module):
     def __init__(self, stage: Stage, dropout: float) -> None:
         super().__init__()
         width = stage.heads * stage.head_dim
-        self.heads = stage.heads
+        self.heads, self.scale = stage.heads, stage.head_dim**-0.5
         self.to_q = _Projection(stage.dim, width, stage.kernel_size, 1)
         self.to_kv = _Projection(stage.dim, 2 * width, stage.kernel_size, stage.kv_stride)
         self.to_out = nn.Sequential(nn.Conv2d(width, stage.dim, 1), nn.Dropout(dropout))
@@ -80,7 +77,7 @@ class _Attention(nn.Module):
             t.unflatten(1, (self.heads, -1)).flatten(3).transpose(2, 3)
             for t in (self.to_q(x), *self.to_kv(x).chunk(2, 1))
         )
-        weights = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, -1)
+        weights = torch.softmax(q @ k.transpose(2, 3) * self.scale, -1)
         y = (weights @ v).transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
         out: Tensor = self.to_out(y)
         return out
@@ -261,87 +258,3 @@ def export_model(model: VisionModel) -> AuthorModel:
     # Entering either mode brings escnn's stored filter up to date: dropped, or expanded.
     author.train()
     return author.train(model.training)
-
-
-def live_settings(
-    module: nn.Module, layout: Layout, image_size: int | None, source: str
-) -> Settings:
-    """Read what the state dict does not tell from the modules of a live model.
-
-    Args:
-        module: a model of the published layout.
-        layout: its layout.
-        image_size: what the caller gave; None for the module's attribute, if it has one.
-        source: what errors call it.
-
-    Raises:
-        ValueError: if a setting has no counterpart in our models.
-    """
-
-    def part(path: str) -> nn.Module:
-        try:
-            return module.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"{source} has no module {path!r}") from None
-
-    def number(path: str, attribute: str) -> int:
-        value = getattr(part(path), attribute)
-        values = set(value) if isinstance(value, tuple) else {value}
-        if len(values) != 1 or not all(isinstance(v, int) for v in values):
-            raise ValueError(f"{source}: {path}.{attribute}={value!r} is not one number")
-        return int(values.pop())
-
-    def demand(path: str, attribute: str, wanted: int) -> None:
-        if (given := number(path, attribute)) != wanted:
-            raise ValueError(f"{source}: {path}.{attribute} must be {wanted}, got {given}")
-
-    for name, norm in module.named_modules():
-        eps = getattr(norm, "eps", _EPS)
-        momentum = norm.momentum if isinstance(norm, nn.modules.batchnorm._BatchNorm) else _MOMENTUM
-        if (eps, momentum) != (_EPS, _MOMENTUM):
-            raise ValueError(
-                f"{source}: {name} has eps={eps} and momentum={momentum}, "
-                f"but our norms have {_EPS} and {_MOMENTUM}"
-            )
-    front: dict[str, int] = {}
-    if layout.order is not None:
-        demand("block1.1", "dilation", 1)
-        demand("block1.1", "groups", 1)
-        pool = "pool1" if hasattr(part("pool1"), "filter") else "pool1.0"
-        demand(pool, "padding", 0)
-        front = {
-            "padding": number("block1.1", "padding"),
-            "lift_stride": number("block1.1", "stride"),
-            "blur_stride": number(pool, "stride"),
-        }
-    elif image_size is None:
-        image_size = getattr(module, "image_size", None)
-    embed_stride, kv_stride, heads, rates = [], [], [], set()
-    for s, depth in enumerate(layout.depths):
-        embed = f"layers.{s}.0"
-        demand(embed, "padding", number(embed, "kernel_size") // 2)
-        embed_stride.append(number(embed, "stride"))
-        for i in range(depth):
-            block = f"layers.{s}.2.layers.{i}"
-            attention = part(f"{block}.0.fn")
-            demand(f"{block}.0.fn.to_q.net.0", "stride", 1)
-            stride = number(f"{block}.0.fn.to_kv.net.0", "stride")
-            width = len(module.get_parameter(f"{block}.0.fn.to_q.net.2.weight"))
-            count = int(getattr(attention, "heads", max(width // 64, 1)))
-            if i == 0:
-                kv_stride.append(stride)
-                heads.append(count)
-            elif (stride, count) != (kv_stride[s], heads[s]):
-                raise ValueError(f"{source}: {block} has other strides or heads than block 0")
-            for path in (f"{block}.0.fn.to_out.1", f"{block}.1.fn.net.2", f"{block}.1.fn.net.4"):
-                rates.add(float(getattr(part(path), "p", 0.0)))
-    if len(rates) != 1:
-        raise ValueError(f"{source} has several dropout rates, {sorted(rates)}; ours have one")
-    return Settings(
-        image_size=image_size,
-        heads=heads,
-        embed_stride=embed_stride,
-        kv_stride=kv_stride,
-        dropout=rates.pop(),
-        **front,
-    )
