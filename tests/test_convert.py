@@ -252,9 +252,36 @@ def test_live_module_decides_by_its_mode_which_filter_is_true() -> None:
         conv.weights.zero_()
     with pytest.warns(UserWarning, match="the filter is taken"):
         assert same_weights(from_escnn(author), reference) == 0
-    conv.training = author.training = True  # in training escnn expands the weights at every call
+    conv.training = True  # in training escnn expands the weights at every call
     empty: Any = from_escnn(author)
     assert not empty.lift[0].weight.any()
+
+
+@needs_escnn
+@pytest.mark.parametrize("training", [True, False])
+def test_each_norm_and_dropout_keeps_its_mode(training: bool) -> None:
+    model: Any = EqCvT(1, **SMALL).train(training)
+    block = model.stages[0].blocks[1]
+    ours = ("lift.0.norm", "stages.0.blocks.1.attention.k_conv.norm", "head.norm")
+    for part in (block.attention, block.mlp, *map(model.get_submodule, ours)):
+        part.training = not training
+    block.mlp.dropout = 0.3
+    author: Any = to_escnn(model)
+    fn = "layers.0.2.layers.1.{}.fn.{}".format
+    nets = (fn(1, "net.2"), fn(1, "net.4"))
+    theirs = ("block1.2.batch_norm_[4]", fn(0, "to_kv.net.1"), "layers.4", fn(0, "to_out.1"), *nets)
+    parts = dict(author.named_modules())
+    assert {n for n, m in parts.items() if m.training != training} == set(theirs)
+    assert [name for name, m in parts.items() if getattr(m, "p", 0.1) == 0.3] == [*nets]
+    for name in nets:
+        parts[name].p = 0.1
+    back = from_escnn(author)
+    assert {n: m.training for n, m in back.named_modules()} == {
+        n: m.training for n, m in model.named_modules()
+    }
+    parts[nets[0]].train(training)
+    with pytest.raises(ValueError, match=r"fn.net.2 and .*fn.net.4 are one dropout in ours"):
+        from_escnn(author)
 
 
 def test_cvt_round_trip_without_escnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -404,6 +404,17 @@ def test_a_frozen_published_model_stays_frozen() -> None:
         accelerate(old)
 
 
+def test_a_frozen_statistic_of_a_published_model_stays_frozen() -> None:
+    old: Any = published("CvT")
+    old.layers[5].eval()
+    new = accelerate(old)
+    before = new.head.norm.running_mean.clone()
+    with use_backend("auto"):
+        new(images())
+    assert torch.equal(new.head.norm.running_mean, before)
+    assert new.stages[0].blocks[0].attention.q_conv.norm.num_batches_tracked == 8
+
+
 def test_a_published_model_without_a_counterpart_is_refused_and_nothing_changed() -> None:
     plain, _ = pair("EqCvT")
     author: Any = published("CvT")

@@ -17,7 +17,7 @@ from torch import nn
 from eqcvt.convert.author import AuthorModel, export_model
 from eqcvt.convert.build import Settings, build_model
 from eqcvt.convert.files import read_state
-from eqcvt.convert.layout import read_layout
+from eqcvt.convert.layout import FILTER, read_layout
 from eqcvt.convert.live import check_modules, live_settings
 from eqcvt.models import CvT, EqCvT, VisionModel
 
@@ -100,8 +100,8 @@ def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | C
             attribute, or 129. EqCvT's is its mask's.
 
     Returns:
-        A float32 model on the module's device and in its mode (train or eval), with
-        ``conversion_residual`` as :func:`load_published` gives it.
+        A float32 model on the module's device, with ``conversion_residual`` as
+        :func:`load_published` gives it; each norm and dropout is in its mode (train or eval).
 
     Raises:
         TypeError: if ``module`` is not a module.
@@ -117,14 +117,17 @@ def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | C
     source = type(module).__name__
     tensors = module.state_dict()
     state = {key: value.detach().cpu() for key, value in tensors.items()}
-    if module.training:
-        # In training the modules expand their weights anew, and the stored filter is not theirs.
-        state.pop("block1.1.filter", None)
+    if FILTER in state and module.get_submodule("block1.1").training:
+        # In training the module expands its weights anew, and the stored filter is not its own.
+        del state[FILTER]
     layout = read_layout(state, source)
     settings = live_settings(module, layout, image_size, source)
     model = build_model(state, layout, settings, source)
     check_modules(module, layout, model.config, source)
-    return model.to(next(iter(tensors.values())).device).train(module.training)
+    model.to(next(iter(tensors.values())).device).train(module.training)
+    for theirs, ours in layout.modes().items():
+        model.get_submodule(ours).training = module.get_submodule(theirs).training
+    return model
 
 
 def to_escnn(model: VisionModel) -> AuthorModel:
@@ -138,7 +141,7 @@ def to_escnn(model: VisionModel) -> AuthorModel:
             shared key and value filters.
 
     Returns:
-        The model, of the same dtype, device and mode (train or eval).
+        The model, of the same dtype and device, each norm and dropout in its mode (train or eval).
 
     Raises:
         TypeError: if ``model`` is neither.

@@ -12,7 +12,7 @@ from eqcvt.convert.filters import LARGEST_RESIDUAL, solve
 from eqcvt.convert.layout import WEIGHTS, read_layout
 from eqcvt.groups import Group, lifting_basis
 from eqcvt.models import VisionModel
-from eqcvt.nn import Stage
+from eqcvt.nn import ConvAttention, MlpBlock, Stage
 from eqcvt.ops import filter_bank
 
 
@@ -257,4 +257,10 @@ def export_model(model: VisionModel) -> AuthorModel:
         target[key].copy_(value.reshape(target[key].shape))
     # Entering either mode brings escnn's stored filter up to date: dropped, or expanded.
     author.train()
-    return author.train(model.training)
+    author.train(model.training)
+    for theirs, ours in layout.modes().items():
+        part, given = author.get_submodule(theirs), model.get_submodule(ours)
+        part.training = given.training
+        if isinstance(part, nn.Dropout) and isinstance(given, (ConvAttention, MlpBlock)):
+            part.p = given.dropout
+    return author

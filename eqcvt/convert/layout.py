@@ -92,6 +92,17 @@ class Layout:
         add(classifier, "head.classifier", "weight bias")
         return table
 
+    def modes(self) -> dict[str, str]:
+        """Return the module of ours that has the mode of each norm and dropout."""
+        parts = ((key.rpartition("."), entry.ours[0]) for key, entry in self.entries().items())
+        table = {t[0]: o.removesuffix(".weight") for t, o in parts if o.endswith("norm.weight")}
+        for s, depth in enumerate(self.depths):
+            for i in range(depth):
+                block, ours = f"layers.{s}.2.layers.{i}", f"stages.{s}.blocks.{i}"
+                table[f"{block}.0.fn.to_out.1"] = f"{ours}.attention"
+                table[f"{block}.1.fn.net.2"] = table[f"{block}.1.fn.net.4"] = f"{ours}.mlp"
+        return table
+
 
 def read_layout(state: dict[str, Tensor], source: str) -> Layout:
     """Find the layout from the keys of a state dict and check that they are all there, and no more.

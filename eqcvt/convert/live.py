@@ -84,8 +84,14 @@ def live_settings(
                 heads.append(count)
             elif (stride, count) != (kv_stride[s], heads[s]):
                 raise ValueError(f"{source}: {block} has other strides or heads than block 0")
-            for path in (f"{block}.0.fn.to_out.1", f"{block}.1.fn.net.2", f"{block}.1.fn.net.4"):
-                rates.add(float(getattr(_part(module, path, source), "p", 0.0)))
+            paths = (f"{block}.0.fn.to_out.1", f"{block}.1.fn.net.2", f"{block}.1.fn.net.4")
+            drops = [_part(module, path, source) for path in paths]
+            rates |= {float(getattr(drop, "p", 0.0)) for drop in drops}
+            if len({drop.training for drop in drops[1:] if getattr(drop, "p", 0.0)}) > 1:
+                raise ValueError(
+                    f"{source}: {paths[1]} and {paths[2]} are one dropout in ours, and must be in "
+                    f"one mode, got training={drops[1].training} and {drops[2].training}"
+                )
     if len(rates) != 1:
         raise ValueError(f"{source} has several dropout rates, {sorted(rates)}; ours have one")
     return Settings(
