@@ -317,6 +317,15 @@ def test_to_escnn_needs_nothing_imported_before() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def with_norms(model: EqCvT | CvT, **numbers: float | None) -> EqCvT | CvT:
+    """Give a model's norms other numbers."""
+    for module in model.modules():
+        vars(module).update(
+            {name: value for name, value in numbers.items() if hasattr(module, name)}
+        )
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -330,6 +339,10 @@ def test_to_escnn_needs_nothing_imported_before() -> None:
             "separate_kv of stage 1, projection_bias of stage 1",
         ),
         (lambda: CvT(stages=[Stage(8, embed_padding=0)]), "embed_padding=0 of stage 0"),
+        (
+            lambda: with_norms(CvT(), eps=0.1, momentum=None),
+            r"norm\.eps=0\.1, .*head\.norm\.momentum=None; it holds .* norms of eps=1e-05",
+        ),
     ],
 )
 def test_to_escnn_refuses_what_the_layout_cannot_hold(

@@ -197,9 +197,9 @@ class AuthorModel(nn.Module):
         return logits
 
 
-def _check_exportable(config: dict[str, Any]) -> None:
+def _check_exportable(model: VisionModel) -> None:
     """Raise a ValueError if the published layout has no place for a setting."""
-    reasons = []
+    config, reasons = model.config, model.changed_norms()
     if config["head_hidden"] is None:
         reasons.append("head_hidden=None")
     if config["num_classes"] == 0:
@@ -224,14 +224,14 @@ def _check_exportable(config: dict[str, Any]) -> None:
         raise ValueError(
             f"the published layout has no place for {', '.join(reasons)}; it holds "
             f"invariance='front', lift_depth=1, mask and blur, shared key and value filters "
-            f"without biases, and a head with a hidden layer"
+            f"without biases, norms of eps=1e-05 and momentum=0.1, and a head with a hidden layer"
         )
 
 
 @torch.no_grad()
 def export_model(model: VisionModel) -> AuthorModel:
     """Return the model of the published layout with the weights of ``model``."""
-    _check_exportable(model.config)
+    _check_exportable(model)
     state = model.state_dict()
     parameter = next(model.parameters())
     author = AuthorModel(model.config).to(device=parameter.device, dtype=parameter.dtype)

@@ -255,6 +255,17 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         names = {name for name, _ in self.named_parameters()}
         return {n for n in names if n in norms or n.rpartition(".")[2] == "bias"}
 
+    def changed_norms(self) -> list[str]:
+        """Name the norms' numbers that are not those every norm is built with."""
+        norms = (BatchNorm, LayerNorm, nn.LayerNorm)
+        return [
+            f"{name}.{number}={value!r}"
+            for name, module in self.named_modules()
+            if isinstance(module, norms)
+            for number, built in (("eps", 1e-5), ("momentum", 0.1))
+            if (value := getattr(module, number, built)) != built
+        ]
+
     def save_pretrained(
         self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
     ) -> str | None:
@@ -265,7 +276,18 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         Args:
             save_directory: the folder.
             push_to_hub: also upload it; further arguments go to ``huggingface_hub``.
+
+        Raises:
+            ValueError: if a norm's ``eps`` or ``momentum`` was changed, unless the model is of a
+                class derived from ours with a constructor of its own. Nothing is written then.
         """
+        # A derived class's own constructor may set them again.
+        own = not type(self).__init__.__module__.startswith("eqcvt.models.")
+        if not own and (changed := self.changed_norms()):
+            raise ValueError(
+                f"a saved model has norms of eps=1e-05 and momentum=0.1, got {', '.join(changed)}, "
+                f"which loading would not bring back: set them back, or save model.state_dict()"
+            )
         folder = Path(save_directory)
         config = json.dumps(self.config, indent=2) + "\n"
         with _files.replacing(folder / WEIGHTS) as path:
