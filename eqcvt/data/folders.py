@@ -83,6 +83,11 @@ def _read_picture(path: Path) -> npt.NDArray[Any]:
     try:
         with Image.open(path) as picture:
             mode = picture.mode
+            if mode != "I;16" and picture.format == "PNG" and _png_depth(path) == 16:
+                raise ValueError(
+                    "it has 16 bits a channel, of which only 8 would be read; save it as 16-bit "
+                    "grey, .npy or FITS, or all images as one .npz"
+                )
             if mode in ("LA", "RGBA") and picture.getchannel("A").getextrema()[0] == 255:
                 return np.asarray(picture.convert(mode[:-1]))
             if mode not in ("L", "RGB", "I;16"):
@@ -93,6 +98,12 @@ def _read_picture(path: Path) -> npt.NDArray[Any]:
             return np.asarray(picture)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _png_depth(path: Path) -> int:
+    """Bits of a channel, which Pillow does not tell; its modes have 8 but for grey."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
 
 
 def _read_fits(path: Path) -> npt.NDArray[Any]:
@@ -109,10 +120,15 @@ def _read_fits(path: Path) -> npt.NDArray[Any]:
                 shape = list(unit.shape) if unit.is_image else []
                 shapes.append(shape)
                 if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
+                    blank, zero = (unit.header.get(name) for name in ("BLANK", "BZERO"))
                     data: npt.NDArray[Any] = unit.data
                     # Counts are often signed, or wider than float32 is exact.
-                    counts = data.dtype.kind in "iu" and data.dtype != np.uint8
-                    return data.astype(np.float32) if counts else data
+                    if data.dtype.kind not in "iu" or data.dtype == np.uint8:
+                        return data
+                    image = data.astype(np.float32)
+                    if blank is not None:  # astropy heeds it in all but unsigned counts
+                        image[data == int(blank) + int(zero or 0)] = np.nan
+                    return image
             raise ValueError(
                 "no HDU is an image [H, W], [1, H, W] or [3, H, W]; their shapes are "
                 f"{', '.join(map(str, shapes))}"

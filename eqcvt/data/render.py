@@ -159,7 +159,8 @@ class Renderer:
                 torch.tensor(macro[name], dtype=torch.float64)
                 for name in ("halo_axis_ratio", "halo_angle")
             )
-            ax, ay = self._func.reduced_deflection_angle_sie(0.0, 0.0, *axis, radius, x, y)
+            shape = (*axis, radius)
+            ax, ay = self._func.reduced_deflection_angle_sie(0.0, 0.0, *shape, x, y, _SOFTENING)
         gamma, phi = macro["shear"], macro["shear_angle"]
         shear = (gamma * math.cos(2 * phi), gamma * math.sin(2 * phi))
         sx, sy = self._func.reduced_deflection_angle_external_shear(0.0, 0.0, *shear, x, y)
@@ -224,7 +225,9 @@ def _blur(image: Floats, camera: Camera) -> Floats:
 
 
 def to_grey(image: Floats) -> npt.NDArray[np.uint8]:
-    """Scale an image's own minimum and maximum to 0 and 255 and round."""
+    """Scale an image's own minimum and maximum to 0 and 255 and round; refuse NaN and infinity."""
+    if bad := int((~np.isfinite(image)).sum()):
+        raise ValueError(f"{bad} of the {image.size} pixels of an image are NaN or infinite")
     low, high = image.min(), image.max()
     grey = np.rint((image - low) * (255 / max(high - low, 1e-300)))
     return np.asarray(grey, dtype=np.uint8)

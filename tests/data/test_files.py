@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import pickle
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -320,6 +322,32 @@ def test_an_opaque_alpha_channel_is_dropped(tmp_path):
     Image.fromarray(np.dstack([grey, grey, grey, alpha])).save(tmp_path / "rgba.png")
     with pytest.raises(ValueError, match=r"rgba\.png: its mode is RGBA and not opaque"):
         read_image(tmp_path / "rgba.png")
+
+
+def write_deep_png(path, kind, channels, image):
+    """Write a 16-bit PNG, which Pillow does in grey alone."""
+    size = struct.pack(">IIBBBBB", *image.shape[1::-1], 16, kind, 0, 0, 0)
+    rows = image.astype(">u2").reshape(len(image), -1, channels)
+    packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [(b"IHDR", size), (b"IDAT", packed), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def test_pictures_of_16_bits_are_read_whole_or_refused(tmp_path):
+    path = tmp_path / "a.png"
+    grey = np.random.default_rng(0).integers(0, 65536, (6, 5), dtype=np.uint16)
+    write_deep_png(path, 0, 1, grey)
+    assert np.array_equal(read_image(path), grey)
+    # Grey and alpha, colour, colour and alpha; all opaque.
+    for kind, colours, alphas in ((4, 1, 1), (2, 3, 0), (6, 3, 1)):
+        layers = [grey] * colours + [np.full_like(grey, 65535)] * alphas
+        write_deep_png(path, kind, len(layers), np.dstack(layers))
+        with pytest.raises(ValueError, match=r"a\.png: it has 16 bits a .* as 16-bit grey, \.npy"):
+            read_image(path)
 
 
 def test_a_set_kept_apart_is_not_joined(tmp_path):

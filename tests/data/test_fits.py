@@ -43,6 +43,19 @@ def test_the_first_image_is_read(tmp_path):
     assert np.array_equal(read_image(tmp_path / "c.fits"), IMAGE)
 
 
+@pytest.mark.parametrize("dtype", ["i2", "u2", "i4", "u4", "i8", "u8"])
+def test_blank_pixels_are_no_numbers(tmp_path, dtype):
+    from astropy.io import fits
+
+    path = write(tmp_path / "a.fits", IMAGE.astype(dtype))
+    lowest = 2 ** (8 * int(dtype[1]) - 1) if dtype[0] == "u" else 0
+    fits.setval(path, "BLANK", value=7 - lowest)
+    with pytest.raises(ValueError, match=r"a\.fits holds NaN or infinity"):
+        read_image(path)
+    image = read_image(path, finite=False)
+    assert np.array_equal(image, np.where(IMAGE == 7, np.nan, IMAGE), equal_nan=True)
+
+
 def test_folders_of_classes_and_of_a_survey(tmp_path):
     for place in ("no/1.fits", "no/2.fits.gz", "sub/1.fit"):
         write(tmp_path / place, IMAGE.astype(np.int32))

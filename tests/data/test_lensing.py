@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from eqcvt.data import Cosmology, Renderer, Subhalos, generate, resolve
+from eqcvt.data.render import to_grey
 from eqcvt.data.scene import Scene, distances, power_law
 
 from .lenstronomy_twin import render as lenstronomy_render
@@ -203,9 +204,19 @@ def test_parameters_are_physical():
 
 
 @pytest.mark.parametrize("oversampling", [1, 3])
-def test_a_ray_through_the_centre_stays_finite(oversampling):
-    config = resolve("deeplense", size=33, overrides={"camera.oversampling": oversampling})
-    assert np.isfinite(generate(config, range(2), dtype="float32").images).all()
+@pytest.mark.parametrize("axis_ratio", [1, 0.5])
+def test_a_ray_through_the_centre_stays_finite(oversampling, axis_ratio):
+    changes = {"camera.oversampling": oversampling, "halo.axis_ratio": axis_ratio}
+    data = generate(resolve("deeplense", size=33, overrides=changes), range(2), dtype="float32")
+    assert np.isfinite(data.images).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_that_is_not_finite_has_no_grey_values(value):
+    image = np.eye(4)
+    image[0, :3] = value
+    with pytest.raises(ValueError, match="3 of the 16 pixels of an image are NaN or infinite"):
+        to_grey(image)
 
 
 def test_other_telescopes_and_lenses_are_a_few_lines():
