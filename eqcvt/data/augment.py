@@ -21,6 +21,10 @@ def rotate(images: Tensor, degrees: Tensor, supersample: int = 3) -> Tensor:
     place (x, y) from the centre, y downwards, takes the value at
     ``(x cos - y sin, x sin + y cos)``. Nothing waits for the device: a CUDA graph can hold it.
 
+    Interpolation smooths the noise: white noise of deviation 1 keeps 0.54 unturned and 0.50 turned
+    by 45 degrees, ``rotate(torch.randn(99, 1, 65, 65), torch.full((99,), 45.0))[..., 25:40,
+    25:40].std()``. Images that are not turned, as in validation, have all of theirs.
+
     Args:
         images: Floating [B, C, H, W].
         degrees: Angle of each image [B].
@@ -71,8 +75,8 @@ class Augment(nn.Module):
     (``.eval()``) images pass unchanged.
 
     Args:
-        mode: ``rotate``: any angle in [-180, 180) degrees; ``dihedral``: exact quarter turns and
-            mirror images, of square images; ``none``: unchanged.
+        mode: ``rotate``: any angle in [-180, 180) degrees, with half the noise; ``dihedral``: exact
+            quarter turns and mirror images, of square images; ``none``: unchanged.
         supersample: Factor of the finer grid on which ``rotate`` works.
     """
 

@@ -97,7 +97,8 @@ class Camera(_Section):
     lens at the middle of the kept part. Only the kept part and the margin from which the PSF
     scatters light into it are computed. ``oversampling`` is the number of rays per pixel side.
     The PSF is a Gaussian of ``psf_sigma`` arcseconds sampled on ``psf_pixels`` x ``psf_pixels``
-    pixels (0 arcseconds: none); ``exposure`` in seconds; ``sky`` in electrons/s/pixel.
+    pixels, at least 5 ``psf_sigma`` wide (0 arcseconds: none); ``exposure`` in seconds; ``sky`` in
+    electrons/s/pixel.
     """
 
     pixels: int = field(default=150, metadata=_integer())
@@ -120,6 +121,13 @@ class Camera(_Section):
             raise ValueError(
                 f"camera.psf_pixels must be odd, got {self.psf_pixels}; "
                 f"nearest: {self.psf_pixels - 1} or {self.psf_pixels + 1}"
+            )
+        needed = math.ceil(5 * self.psf_sigma / self.pixel_scale - 1e-9)
+        if self.psf_pixels < needed:
+            raise ValueError(
+                f"camera.psf_pixels must span 5 psf_sigma, which are {5 * self.psf_sigma:g} "
+                f'arcseconds, got {self.psf_pixels} pixels of {self.pixel_scale:g}"; '
+                f"nearest: {needed | 1}"
             )
 
 
@@ -289,7 +297,8 @@ class SimulationConfig:
 
         The pixel scale is multiplied by old size / new size and the margin of the field (in
         pixels) kept; PSF and all lens parameters keep their arcseconds, intensities stay per
-        pixel. ``deeplense`` at 65 has pixels of 0.119", at 33 of 0.235". To crop more or less
+        pixel. The PSF has more pixels where they are smaller, and no fewer where they are larger.
+        ``deeplense`` at 65 has pixels of 0.119", at 33 of 0.235". To crop more or less
         at the same pixel scale, override ``camera.size`` instead.
         """
         integer("size", size, 8)
@@ -299,6 +308,7 @@ class SimulationConfig:
             size=size,
             pixels=size + camera.pixels - camera.size,
             pixel_scale=camera.pixel_scale * camera.size / size,
+            psf_pixels=max(camera.psf_pixels, -(-camera.psf_pixels * size // camera.size) | 1),
         )
         return dataclasses.replace(self, camera=changed)
 

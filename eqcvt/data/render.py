@@ -184,10 +184,16 @@ class Renderer:
         return image + deviation * noise_map(seed, index, camera.size)
 
     def parameters(self, scene: Scene) -> dict[str, float]:
-        """Return the physical parameters that are stored beside an image."""
+        """Return the physical parameters that are stored beside an image.
+
+        ``einstein_radius`` is that of the smooth halo that was rendered. ``einstein_radius_drawn``
+        is that before it lost the subhalos' mass, if asked: ``subhalo_mass_fraction`` is their
+        mass over that inside the radius drawn, ``subhalo_mass_inside`` what of it lies within it.
+        """
         return {
             **scene.macro,
             "einstein_radius": self.halo_radius(scene),
+            "einstein_radius_drawn": scene.macro["einstein_radius"],
             "n_subhalos": float(scene.mass.size),
             "subhalo_mass_fraction": scene.fraction,
             "subhalo_mass": float(scene.mass.sum()),

@@ -204,6 +204,14 @@ def test_rotation_is_enlarging_turning_and_reducing(supersample, size):
     torch.testing.assert_close(single.double(), turned, rtol=0, atol=1e-5)
 
 
+def test_rotation_smooths_noise_as_documented():
+    torch.manual_seed(0)
+    noise = torch.randn(99, 1, 65, 65)
+    for degrees, left in ((0.0, 0.54), (45.0, 0.50)):
+        turned = rotate(noise, torch.full((99,), degrees))[..., 25:40, 25:40]
+        assert float(turned.std()) == pytest.approx(left, abs=0.01)
+
+
 def test_angles_cover_the_circle():
     torch.manual_seed(0)
     turned = Augment(supersample=1)(disc(33, 10.0, 0.0).expand(600, -1, -1, -1))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eqcvt.data import Cosmology, Renderer, Subhalos, generate, resolve
-from eqcvt.data.render import to_grey
+from eqcvt.data.render import psf, to_grey
 from eqcvt.data.scene import Scene, distances, power_law
 
 from .lenstronomy_twin import render as lenstronomy_render
@@ -188,9 +188,20 @@ def test_radial_profile_tells_the_classes_in_deeplense_and_hardly_in_control():
 
 
 def test_parameters_are_physical():
+    config = resolve("control", size=33, overrides={"halo.einstein_radius": [1.1, 1.3]})
+    whole = Renderer(config).einstein_mass
+    data = generate(config, range(8))
+    table = data.parameters
+    drawn = table["einstein_radius_drawn"]
+    assert len(set(drawn)) == 8
+    ring = whole * drawn**2
+    assert table["subhalo_mass"] == pytest.approx(table["subhalo_mass_fraction"] * ring)
+    lost = 1 - table["einstein_radius"] / drawn
+    assert table["subhalo_mass_inside"] == pytest.approx(lost * ring)
     data = generate(resolve("control", size=33), range(8))
     table = data.parameters
     sub = data.labels == 1
+    assert (table["einstein_radius_drawn"] == 1.2).all()
     assert (table["einstein_radius"][~sub] == 1.2).all()
     assert (table["einstein_radius"][sub] < 1.2).all()
     assert (table["n_subhalos"][~sub] == 0).all()
@@ -247,3 +258,13 @@ def test_smaller_images_show_the_same_sky():
     assert small.camera.pixel_scale == pytest.approx(0.06 * 129 / 33)
     # Equal but for the PSF, which is sampled more coarsely.
     assert np.corrcoef(binned.ravel(), second.ravel())[0, 1] > 0.99
+
+
+def test_the_psf_of_a_larger_image_is_as_wide_in_arcseconds():
+    camera = resolve("deeplense").camera
+    assert [resolve("deeplense", size=n).camera.psf_pixels for n in (33, 65, 130)] == [11, 11, 13]
+    for size in (129, 257, 516):
+        fine = resolve("deeplense", size=size).camera
+        assert fine.psf_pixels * fine.pixel_scale >= camera.psf_pixels * camera.pixel_scale - 1e-9
+        offset = (np.arange(fine.psf_pixels) - fine.psf_pixels // 2) * fine.pixel_scale
+        assert np.sqrt(psf(fine) @ offset**2) == pytest.approx(camera.psf_sigma, rel=0.01)
