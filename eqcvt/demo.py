@@ -115,7 +115,12 @@ def verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
         chance = 1 / len(result["classes"])
         error = math.sqrt(chance * (1 - chance) / count)
         sigmas = (accuracy - chance) / error
-        learnt = "it learnt" if sigmas > 5 else "not clearly better than chance"
+        if sigmas > 5:
+            learnt = "it learnt"
+        elif sigmas >= 2:
+            learnt = f"better than chance at {sigmas:.1f} sigma"
+        else:
+            learnt = "not clearly better than chance"
         lines.append(
             f"{name}: {100 * accuracy:.1f} % of {count} held-out images, chance {100 * chance:.0f} "
             f"± {100 * error:.1f} %: {learnt}"

@@ -42,7 +42,7 @@ def evaluate(
         A JSON-able dictionary: what ``metrics.classification`` and ``rotation_robustness`` return.
 
     Raises:
-        ValueError: when the images do not fit the model, or there are none.
+        ValueError: when the images do not fit the model, or there are none; when logits are NaN.
     """
     logits = predict_logits(model, data, device=device, batch_size=batch_size)
     labels = torch.from_numpy(data.labels).long()

@@ -1,4 +1,4 @@
-"""Classification metrics of logits, computed by torchmetrics."""
+"""Classification metrics of logits: curves by counting, the others by torchmetrics."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ def aucs(logits: Tensor, labels: Tensor) -> list[float | None]:
     """Area under the ROC curve of each class against the rest.
 
     Args:
-        logits: [N, K].
+        logits: [N, K], none of them NaN.
         labels: integers [N].
 
     Returns:
         K values; None for a class that no image, or every image, belongs to.
     """
-    from torchmetrics.functional.classification import binary_auroc
-
-    probabilities = _probabilities(logits)
+    counted = [_counts(logits, labels, k) for k in range(logits.shape[1])]
     return [
-        float(binary_auroc(probabilities[:, k], (labels == k).long()))
+        float(torch.trapezoid(right, wrong) / (right[-1] * wrong[-1]))
         if _defined(labels, k)
         else None
-        for k in range(logits.shape[1])
+        for k, (wrong, right) in enumerate(counted)
     ]
 
 
@@ -52,6 +50,9 @@ def classification(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> di
         (K rows of true class, K columns of predicted class), ece (expected calibration error, 15
         equal bins, Guo et al. 2017), roc (per class ``fpr`` and ``tpr``, empty where undefined),
         n, classes, notes (sentences about what is undefined and why).
+
+    Raises:
+        ValueError: where logits are NaN or infinite, so that they are no probabilities.
     """
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
@@ -70,7 +71,7 @@ def classification(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> di
         "ece": float(
             multiclass_calibration_error(probabilities, labels, size, n_bins=CALIBRATION_BINS)
         ),
-        "roc": [_roc(probabilities, labels, k) for k in range(size)],
+        "roc": [_roc(logits, labels, k) for k in range(size)],
         "n": len(labels),
         "classes": list(classes),
         "notes": [
@@ -83,22 +84,44 @@ def classification(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> di
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    # In float32 sure predictions round to 1 and their order, which the AUC needs, is lost.
-    return logits.double().softmax(dim=1)
+    probabilities = logits.double().softmax(dim=1)
+    bad = probabilities.isnan().any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the logits of {len(bad)} of {len(logits)} images are NaN or infinite, the first are "
+            f"those of image {bad[0]}: the model's weights or the images are damaged"
+        )
+    return probabilities
 
 
 def _defined(labels: Tensor, k: int) -> bool:
     return 0 < int((labels == k).sum()) < len(labels)
 
 
-def _roc(probabilities: Tensor, labels: Tensor, k: int) -> dict[str, list[float]]:
-    """The ROC curve's corners; points inside straight stretches are left out."""
-    from torchmetrics.functional.classification import binary_roc
+def _counts(logits: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """How many images of other classes, and of ``k``, are taken for ``k`` as the threshold falls.
 
+    It falls in log odds, z_k - log sum exp of the others: the probabilities of sure predictions
+    round to 1, and their order would be lost.
+    """
+    z = logits.double()
+    others = torch.cat([z[:, :k], z[:, k + 1 :]], dim=1)
+    levels, rank = torch.unique(z[:, k] - others.logsumexp(dim=1), return_inverse=True)
+    wrong, right = (
+        F.pad(torch.bincount(rank[part], minlength=len(levels)).flip(0).cumsum(0), (1, 0)).double()
+        for part in (labels != k, labels == k)
+    )
+    return wrong, right
+
+
+def _roc(logits: Tensor, labels: Tensor, k: int) -> dict[str, list[float]]:
+    """The ROC curve's corners; points inside straight stretches are left out."""
     if not _defined(labels, k):
         return {"fpr": [], "tpr": []}
-    fpr, tpr, _ = binary_roc(probabilities[:, k], (labels == k).long())
-    keep = torch.ones(len(fpr), dtype=torch.bool)
-    turn = fpr.diff(n=2).abs() + tpr.diff(n=2).abs()
-    keep[1:-1] = turn > 1e-9
-    return {"fpr": fpr[keep].tolist(), "tpr": tpr[keep].tolist()}
+    wrong, right = _counts(logits, labels, k)
+    x, y = wrong.diff(), right.diff()
+    keep = F.pad(x[1:] * y[:-1] != x[:-1] * y[1:], (1, 1), value=True)
+    return {
+        "fpr": (wrong[keep] / wrong[-1]).tolist(),
+        "tpr": (right[keep] / right[-1]).tolist(),
+    }

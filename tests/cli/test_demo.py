@@ -50,11 +50,17 @@ def test_other_sizes_do_not_mix_with_an_older_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "words"), [(0.9, "it learnt"), (0.55, "not clearly better than chance")]
+    ("accuracy", "words"),
+    [
+        (0.9, "it learnt"),
+        (0.74, "better than chance at 4.8 sigma"),
+        (0.61, "better than chance at 2.2 sigma"),
+        (0.55, "not clearly better than chance"),
+    ],
 )
 def test_verdict(accuracy: float, words: str) -> None:
     result = {"n": 100, "accuracy": accuracy, "classes": ["no_sub", "sub"]}
-    assert words in verdict({"EqCvT": result})
+    assert verdict({"EqCvT": result}).endswith(f"± 5.0 %: {words}")
 
 
 def test_quickstart(tmp_path: Path) -> None:

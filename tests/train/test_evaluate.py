@@ -70,6 +70,51 @@ def test_sure_predictions_keep_their_order() -> None:
     assert result["auc"][1] == 1.0
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_order_of_very_sure_predictions_counts(classes: int) -> None:
+    from torchmetrics.functional.classification import binary_auroc
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(400, classes).double(), torch.randint(classes, (400,))
+    logits[range(400), labels] += 1
+    names = "abc"[:classes]
+    wanted = classification(logits, labels, names)
+    for k in range(classes):
+        other = binary_auroc(logits.softmax(1)[:, k], (labels == k).long())
+        assert wanted["auc"][k] == pytest.approx(float(other), abs=1e-6)
+    assert wanted["auc"][0] == pytest.approx(wanted["auc"][1], abs=1e-9 if classes == 2 else 0.1)
+    # All are sure of the first class; the order of its probabilities, of two, is the same.
+    sure = classification(logits + 45 * torch.eye(classes)[0], labels, names)
+    if classes == 2:
+        assert (sure["auc"], sure["roc"]) == (wanted["auc"], wanted["roc"])
+    assert sure["auc"][0] == pytest.approx(wanted["auc"][0], abs=0.05)
+
+
+def test_a_roc_curve_has_corners_only() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    result = classification((torch.randn(300, 3) + 2 * torch.eye(3)[labels]), labels, "abc")
+    for curve, area in zip(result["roc"], result["auc"], strict=True):
+        x, y = torch.tensor(curve["fpr"]).double(), torch.tensor(curve["tpr"]).double()
+        assert float(torch.trapezoid(y, x)) == pytest.approx(area, abs=1e-6)
+        a, b = x.diff(), y.diff()
+        assert ((a[:-1] * b[1:] - a[1:] * b[:-1]).abs() > 1e-6).all()
+    tied = classification(torch.zeros(6, 2), torch.tensor([0, 0, 0, 1, 1, 1]), "ab")
+    assert (tied["auc"], tied["roc"][0]) == ([0.5, 0.5], {"fpr": [0, 1], "tpr": [0, 1]})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
+    logits = torch.zeros(5, 2)
+    logits[1:3, 0] = value
+    labels = torch.tensor([0, 1, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"logits of 2 of 5 images are NaN or infinite.* image 1"):
+        classification(logits, labels, "ab")
+    logits[1:3] = torch.tensor([-math.inf, 0])
+    result = classification(logits, torch.tensor([0, 1, 1, 0, 0]), "ab")
+    assert result["auc"] == [1, 1]
+
+
 def test_single_class_has_no_auc_and_says_so() -> None:
     data = rings(8)
     data = data.subset(data.labels == 1)
