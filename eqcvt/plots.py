@@ -241,6 +241,7 @@ def attention_maps(
     image: Tensor | NDArray[Any],
     maps: Sequence[Tensor],
     token_grids: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+    token_places: Sequence[tuple[tuple[float, int], tuple[float, int]]],
     *,
     query: tuple[float, float] | None = None,
     pixel_scale: float | None = None,
@@ -252,7 +253,10 @@ def attention_maps(
         image: ``[H, W]`` or ``[C, H, W]``.
         maps: for each block ``[heads, N, M]`` (or ``[1, heads, N, M]``), rows summing to one.
         token_grids: for each stage ``((Hq, Wq), (Hk, Wk))`` with ``N = Hq Wq`` and ``M = Hk Wk``.
-        query: place ``(x, y)`` in fractions of the image whose token asks; None averages over all.
+        token_places: for each stage the pixel of the first query and the pixels to the next, and
+            the same of its keys, as the model's ``token_places``.
+        query: place ``(x, y)`` in fractions of the image, whose nearest token asks; None averages
+            over all.
         pixel_scale: arc seconds per pixel; None labels the axes in pixels.
         title: text above the picture.
 
@@ -267,22 +271,34 @@ def attention_maps(
     figure = Figure(figsize=(2.5 * columns + 0.9, 2.5 * len(weights) + 0.6), layout="constrained")
     grid = figure.subplots(len(weights), columns, squeeze=False, sharex=True, sharey=True)
     picture, extent, unit = _picture(image, pixel_scale)
+    left, right, bottom, top = extent
+    height, width = (int(n) for n in picture.shape[:2])
+
+    def x_at(pixels: float) -> float:  # from the left edge
+        return left + pixels / width * (right - left)
+
+    def y_at(pixels: float) -> float:  # from the upper edge
+        return top + pixels / height * (bottom - top)
+
     for row, block in enumerate(weights):
-        (hq, wq), (hk, wk) = _grid_of(block, token_grids)
+        stage = _stage_of(block, token_grids)
+        ((hq, wq), (hk, wk)), (asking, asked) = token_grids[stage], token_places[stage]
         if query is None:
             chosen = block.mean(dim=1)
         else:
-            x, y = query
-            chosen = block[:, min(int(y * hq), hq - 1) * wq + min(int(x * wq), wq - 1)]
+            column = _nearest(query[0] * width, asking, wq)
+            chosen = block[:, _nearest(query[1] * height, asking, hq) * wq + column]
         relative = (chosen * (hk * wk)).reshape(-1, hk, wk).cpu().numpy()
         grid[row, 0].imshow(picture, cmap="gray", extent=extent)
         grid[row, 0].set_ylabel(f"block {row + 1}\ny ({unit})", fontsize=8)
         if row == 0:
             grid[row, 0].set_title("image", fontsize=9)
         if query is not None:
-            left, right, bottom, top = extent
-            at = (left + query[0] * (right - left), top + query[1] * (bottom - top))
+            at = (x_at(query[0] * width), y_at(query[1] * height))
             grid[row, 0].plot(*at, "+", color=COLOURS[4], markersize=10)
+        first, step = asked
+        edge = first + 0.5 - step / 2  # of the first key's square
+        covered = (x_at(edge), x_at(edge + wk * step), y_at(edge + hk * step), y_at(edge))
         shown = None
         for head in range(columns - 1):
             axes = grid[row, head + 1]
@@ -290,13 +306,16 @@ def attention_maps(
                 axes.set_axis_off()
                 continue
             shown = axes.imshow(
-                relative[head], cmap="viridis", extent=extent, interpolation="nearest",
+                relative[head], cmap="viridis", extent=covered, interpolation="nearest",
                 vmin=0, vmax=float(relative.max()),
             )  # fmt: skip
             axes.contour(
-                np.flipud(picture) if picture.ndim == 2 else np.flipud(picture.mean(axis=-1)),
-                levels=[0.3 * float(picture.max())], colors="white", linewidths=0.6, extent=extent,
+                [x_at(column + 0.5) for column in range(width)],
+                [y_at(line + 0.5) for line in range(height)],
+                picture if picture.ndim == 2 else picture.mean(axis=-1),
+                levels=[0.3 * float(picture.max())], colors="white", linewidths=0.6,
             )  # fmt: skip
+            axes.set(xlim=(left, right), ylim=(bottom, top), facecolor="0.7")
             axes.set_title(f"head {head + 1}", fontsize=9)
         if shown is not None:
             bar = figure.colorbar(shown, ax=list(grid[row]), shrink=0.85, pad=0.01)
@@ -306,8 +325,8 @@ def attention_maps(
         axes.tick_params(labelsize=7)
     for axes in grid[-1]:
         axes.set_xlabel(f"x ({unit})", fontsize=8)
-    asked = "averaged over all queries" if query is None else "of the query at the cross"
-    figure.suptitle(f"{title}{': ' if title else ''}attention {asked}", fontsize=10)
+    whose = "averaged over all queries" if query is None else "of the query at the cross"
+    figure.suptitle(f"{title}{': ' if title else ''}attention {whose}", fontsize=10)
     return figure
 
 
@@ -389,13 +408,17 @@ def _picture(
     return array, (-x, x, -y, y), "arcsec"
 
 
-def _grid_of(
-    block: Tensor, token_grids: Sequence[tuple[tuple[int, int], tuple[int, int]]]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the stage's token grid whose number of queries and keys are the block's."""
-    for queries, keys in token_grids:
+def _nearest(pixels: float, places: tuple[float, int], count: int) -> int:
+    """Return which of ``count`` tokens is nearest to a place, in pixels from the image's edge."""
+    first, step = places
+    return min(max(round((pixels - 0.5 - first) / step), 0), count - 1)
+
+
+def _stage_of(block: Tensor, token_grids: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> int:
+    """Return the stage whose number of queries and keys are the block's."""
+    for stage, (queries, keys) in enumerate(token_grids):
         if block.shape[-2:] == (math.prod(queries), math.prod(keys)):
-            return queries, keys
+            return stage
     raise ValueError(
         f"an attention map of {tuple(block.shape[-2:])} queries and keys fits none of the token "
         f"grids {list(token_grids)}"

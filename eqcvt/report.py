@@ -201,7 +201,12 @@ def _draw_attention(
     with torch.no_grad():
         maps = model.attention_maps(image)
     figure = plots.attention_maps(
-        image[0], maps, model.token_grids, pixel_scale=pixel_scale(data), title=name
+        image[0],
+        maps,
+        model.token_grids,
+        model.token_places,
+        pixel_scale=pixel_scale(data),
+        title=name,
     )
     plots.save(figure, path)
 

@@ -176,6 +176,29 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         shown = ("in_channels", "num_classes", "image_size", "group", "invariance")
         return ", ".join(f"{name}={self.config[name]!r}" for name in shown if name in self.config)
 
+    def _front_steps(self) -> list[tuple[int, int, int]]:
+        """Return (kernel, stride, padding) of the front's layers."""
+        return []
+
+    @property
+    def token_places(self) -> list[tuple[tuple[float, int], tuple[float, int]]]:
+        """For each stage where its queries and its keys are, ``((first, step), (first, step))``.
+
+        ``first`` is the row, and the column, of the pixel (from 0) on which the first is centred,
+        ``step`` how many pixels further the next is.
+        """
+        first, step = 0.0, 1
+        places = []
+        stages = [Stage.of(stage) for stage in self.config["stages"]]
+        embeds = [(stage.embed_kernel, stage.embed_stride, stage.padding) for stage in stages]
+        for kernel, stride, padding in [*self._front_steps(), *embeds]:
+            first, step = first + step * ((kernel - 1) / 2 - padding), step * stride
+            places.append((first, step))
+        return [
+            (place, (place[0], place[1] * stage.kv_stride))  # keys' filters are odd and centred
+            for place, stage in zip(places[-len(stages) :], stages, strict=True)
+        ]
+
     def front(self, x: Tensor) -> Tensor:
         """Return the feature maps that the first stage reads: the images, if there is no front."""
         self._check_input(x)

@@ -151,8 +151,7 @@ class EqCvT(VisionModel):
             )
         self._build(fields, size, tokens, self.group if invariance == "exact" else None)
 
-    def _lift_steps(self) -> list[tuple[int, int, int]]:
-        """Return (kernel, stride, padding) of the front's layers."""
+    def _front_steps(self) -> list[tuple[int, int, int]]:
         c = self.config
         steps = [
             (c["kernel_size"], c["lift_stride"] if index == 0 else 1, c["padding"])
@@ -165,7 +164,7 @@ class EqCvT(VisionModel):
     def _check_size(self, stages: list[Stage]) -> int:
         """Return the size of the pooled maps; raise or warn where a stride breaks the symmetry."""
         size, invariance = self.config["image_size"], self.config["invariance"]
-        front = self._lift_steps()
+        front = self._front_steps()
         after = _walk(size, front)
         if after is None:
             smallest = next(s for s in range(size + 1, size + 10_000) if _walk(s, front))

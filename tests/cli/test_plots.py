@@ -93,7 +93,8 @@ def test_attention_maps(
     model = eqcvt.create_model(name, in_channels=1, num_classes=2, image_size=33).eval()
     image = torch.rand(1, 1, 33, 33)
     maps = model.attention_maps(image)
-    figure = plots.attention_maps(image[0], maps, model.token_grids, query=query, pixel_scale=0.06)
+    tokens = model.token_grids, model.token_places
+    figure = plots.attention_maps(image[0], maps, *tokens, query=query, pixel_scale=0.06)
     written(figure, tmp_path)
     assert len(figure.axes) == axes
     assert any("arcsec" in a.get_xlabel() for a in figure.axes)
@@ -102,16 +103,60 @@ def test_attention_maps(
 def test_attention_of_a_chosen_query_is_its_row(tmp_path: Path) -> None:
     weights = torch.zeros(1, 4, 9)
     weights[0, 3, 4] = 1
-    image = np.eye(8)
-    figure = plots.attention_maps(image, [weights], [((2, 2), (3, 3))], query=(0.9, 0.9))
-    shown = figure.axes[1].images[0].get_array()
-    assert shown[1, 1] == 9
-    assert shown.sum() == 9
+    # Queries on the pixels 1 and 4, so that 3 from the edge is as near to both.
+    tokens = [((2, 2), (3, 3))], [((1, 3), (0, 3))]
+    for asked, found in (((0.9, 0.9), 9), ((0.4, 0.4), 9), ((0.4, 0.35), 0), ((0.35, 1), 0)):
+        figure = plots.attention_maps(np.eye(8), [weights], *tokens, query=asked)
+        shown = figure.axes[1].images[0].get_array()
+        assert (shown[1, 1], shown.sum()) == (found, found)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_attention_is_drawn_where_its_keys_are(scale: float | None, tmp_path: Path) -> None:
+    image = np.zeros((8, 8))
+    image[2:5, 5:8] = 1
+    tokens = [((2, 2), (3, 3))], [((2, 3), (0, 3))]
+    figure = plots.attention_maps(image, [torch.ones(1, 4, 9) / 9], *tokens, pixel_scale=scale)
+    axes = written(figure, tmp_path).axes[1]
+    # Pixels from the upper left corner: keys on 0, 3 and 6 cover -1 to 8.
+    covered = np.array([-1, 8, 8, -1])
+    limits = np.array([0, 8, 8, 0])
+    outline = axes.collections[0].get_paths()[0].vertices
+    corner = np.array([5.5, 2.5]) - 0.7  # where the image reaches 0.3
+    if scale:
+        move = np.array([-4, -4, 4, 4])
+        covered, limits = (scale * (edges * [1, 1, -1, -1] + move) for edges in (covered, limits))
+        corner = scale * (corner * [1, -1] + [-4, 4])
+    assert axes.images[0].get_extent() == pytest.approx(list(covered))
+    assert [*axes.get_xlim(), *axes.get_ylim()] == pytest.approx(list(limits))
+    assert outline[:, 0].min() == pytest.approx(corner[0])
+    assert (outline[:, 1].max() if scale else outline[:, 1].min()) == pytest.approx(corner[1])
+
+
+@pytest.mark.parametrize(("name", "size"), [("eqcvt_c4", 65), ("cvt", 65), ("cvt", 64)])
+def test_tokens_are_where_the_model_says(name: str, size: int) -> None:
+    model = eqcvt.create_model(name, in_channels=1, image_size=size).eval()
+    x = torch.rand(1, 1, size, size, requires_grad=True)
+    tokens = model.front(x)
+    for stage, (rows, _), places in zip(
+        model.stages, model.token_grids, model.token_places, strict=True
+    ):
+        tokens = stage.embed(tokens)
+        row, column = rows[0] // 2, rows[1] // 2 - 1
+        (slope,) = torch.autograd.grad(
+            tokens[0, :, row, column].square().sum(), x, retain_graph=True
+        )
+        seen = slope[0, 0].nonzero().double()
+        middle = (seen.amin(0) + seen.amax(0)) / 2
+        (first, step), (first_key, key_step) = places
+        assert middle.tolist() == [first + row * step, first + column * step]
+        assert (first_key, key_step) == (first, 2 * step)
 
 
 def test_attention_that_fits_no_grid_is_refused() -> None:
+    tokens = [((2, 2), (3, 3))], [((2, 3), (0, 3))]
     with pytest.raises(ValueError, match="fits none of the token grids"):
-        plots.attention_maps(np.eye(8), [torch.ones(1, 5, 9)], [((2, 2), (3, 3))])
+        plots.attention_maps(np.eye(8), [torch.ones(1, 5, 9)], *tokens)
 
 
 def test_sample_grid(tmp_path: Path) -> None:
