@@ -14,10 +14,12 @@ from eqcvt.cli.app import app, console
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("demo"),
-    size: Annotated[int, typer.Option(help="Pixels a side.  [65]")] = 0,
-    images: Annotated[int, typer.Option(help="Training images.  [1000]")] = 0,
-    test_images: Annotated[int, typer.Option(help="Held-out images.  [300]")] = 0,
-    epochs: Annotated[int, typer.Option(help="Epochs of each model.  [8]")] = 0,
+    size: Annotated[int, typer.Option(help="Pixels a side.  [65]", show_default=False)] = 0,
+    images: Annotated[int, typer.Option(help="Training images.  [1000]", show_default=False)] = 0,
+    test_images: Annotated[
+        int, typer.Option(help="Held-out images.  [300]", show_default=False)
+    ] = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs of each model.  [8]", show_default=False)] = 0,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:i")] = "auto",
 ) -> None:
     """Simulate lenses, train EqCvT, its exact variant and CvT, evaluate and draw, in minutes.

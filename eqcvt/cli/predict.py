@@ -125,7 +125,7 @@ def merge(
         bool, typer.Option("--overwrite", help="Replace an OUT that holds something else.")
     ] = False,
 ) -> None:
-    """Join the parts that eqcvt predict --shard wrote; OUT is as if one process had written it."""
+    """Join the parts that eqcvt predict --shard wrote; OUT is one process's, up to rounding."""
     from eqcvt.predict import Parts
 
     _merge(Parts(out), overwrite=overwrite)

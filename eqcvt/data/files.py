@@ -320,7 +320,9 @@ def _labels(
         if top > 1 and len(lacking):
             raise ValueError(
                 f"labels go up to {top} but lack {_few(lacking)}: number the classes from 0 "
-                "without a gap, or add an array 'classes' of their names"
+                "without a gap"
+                + (" (subtract 1)" if labels.min() == 1 and len(lacking) == 1 else "")
+                + ", or add an array 'classes' of their names"
             )
         classes = [f"class_{i}" for i in range(max(top, 1) + 1)]
     return labels, tuple(classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ SPLITS = ("train", "val")
 HELD_OUT = ("test", "valid", "validation")
 _FITS = (".fits", ".fit", ".fits.gz")
 ENDINGS = (".png", ".jpg", ".jpeg", ".npy", *_FITS)
+_SYSTEM = ("thumbs.db", "desktop.ini")
 
 
 def read_folder(folder: Path) -> LensingImages:
@@ -142,20 +144,29 @@ def _natural(path: Path) -> list[Any]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
+def _class_files(folder: Path) -> list[Path]:
+    """Return the images of a class, and say what else there is: it may have been meant as one."""
+    there = [
+        path
+        for path in sorted(folder.iterdir(), key=_natural)
+        if not path.name.startswith(".") and path.name.lower() not in _SYSTEM
+    ]
+    found = [path for path in there if path.name.lower().endswith(ENDINGS) and not path.is_dir()]
+    other = [path.name + "/" * path.is_dir() for path in there if path not in set(found)]
+    if found and other:
+        warnings.warn(
+            f"{folder}: {len(other)} of its {len(there)} entries are not read, such as "
+            f"{other[0]}; images are {', '.join(ENDINGS)} files right in the folder of their class",
+            stacklevel=2,
+        )
+    return found
+
+
 def _read_classes(folder: Path) -> LensingImages:
     files = {
-        place.name: sorted(
-            (
-                p
-                for p in place.iterdir()
-                if p.name.lower().endswith(ENDINGS)
-                and not p.name.startswith(".")
-                and not p.is_dir()
-            ),
-            key=_natural,
-        )
+        place.name: _class_files(place)
         for place in folder.iterdir()
-        if place.is_dir() and not place.name.startswith(".")
+        if place.is_dir() and not place.name.startswith((".", "__MACOSX"))
     }
     classes = class_order(files)
     if not classes:

@@ -42,7 +42,9 @@ START_METHODS = ("spawn", "forkserver", "fork")
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:.1f} img/s", style="cyan")
+        # A short task ends before a speed is known.
+        speed = task.finished_speed or task.speed or task.completed / max(task.elapsed or 0, 1e-3)
+        return Text(f"{speed:.1f} img/s", style="cyan")
 
 
 def simulate(

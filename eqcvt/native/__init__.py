@@ -40,8 +40,16 @@ def _module() -> ModuleType | None:
 
 
 def _why_not_built() -> str:
-    """Return why there is no extension: it was left out on purpose, or nothing was installed."""
+    """Return why there is no extension: left out on purpose, hidden by a checkout, or not built."""
+    here = Path(__file__).parents[2]
     for found in importlib.metadata.distributions(name="eqcvt"):
+        built = [f for f in found.files or () if f.match("eqcvt/_native*")]
+        if built and found.locate_file(built[0]).exists():
+            return (
+                f"this is the source tree {here}, which has not built it; the eqcvt that pip "
+                f"installed is in {found.locate_file('')}: start Python in another folder, or "
+                "pip install -e . here"
+            )
         if "Root-Is-Purelib: true" in (found.read_text("WHEEL") or ""):
             return "eqcvt was installed without it, as EQCVT_NATIVE=0 asked"
     return "it was not built; pip install -e . in the source tree builds it"

@@ -93,7 +93,8 @@ class Reader:
             images = images[:, :1]
         if images.shape[1] != self.channels:
             raise ValueError(
-                f"{path} has {images.shape[1]} channels, and the model takes {self.channels}: "
+                f"{path} has {images.shape[1]} channel{'s' * (images.shape[1] > 1)}, "
+                f"and the model takes {self.channels}: "
                 f"convert the image, or train a model on such images"
             )
         notes = [note if ok else f"{SKIPPED}: it holds NaN or infinity" for ok in read]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 import zlib
 
@@ -188,7 +189,7 @@ def test_bad_archives_are_named(tmp_path):
         (
             good | {"labels": np.array([1, 2, 1, 2])},
             ValueError,
-            "labels go up to 2 but lack 0: number",
+            "labels go up to 2 but lack 0: number .* gap .subtract 1., or add",
         ),
         (
             good | {"labels": np.array([5, 0, 0, 5])},
@@ -348,6 +349,23 @@ def test_pictures_of_16_bits_are_read_whole_or_refused(tmp_path):
         write_deep_png(path, kind, len(layers), np.dstack(layers))
         with pytest.raises(ValueError, match=r"a\.png: it has 16 bits a .* as 16-bit grey, \.npy"):
             read_image(path)
+
+
+def test_what_is_not_read_beside_images_is_said(tmp_path):
+    for name in ("no_sub", "sub"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            np.save(tmp_path / name / f"{i}.npy", np.eye(8))
+    for ignored in (".DS_Store", "Thumbs.db"):
+        (tmp_path / "sub" / ignored).touch()
+    (tmp_path / "__MACOSX").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load(tmp_path)) == 4
+    (tmp_path / "sub" / "deep").mkdir()
+    (tmp_path / "sub" / "3.tif").touch()
+    with pytest.warns(UserWarning, match=r"sub: 2 of its 4 entries are not read, such as 3\.tif"):
+        assert len(load(tmp_path)) == 4
 
 
 def test_a_set_kept_apart_is_not_joined(tmp_path):

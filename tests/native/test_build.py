@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -169,6 +170,22 @@ def test_nothing_of_torch_or_cuda_is_left_to_the_loader() -> None:
     assert [name for name in names if name.startswith(foreign)] == []
 
 
+def test_a_checkout_that_hides_the_installed_extension_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "eqcvt").mkdir()
+    (tmp_path / "eqcvt" / "_native.so").touch()
+    folder = tmp_path / "eqcvt-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: eqcvt\n")
+    (folder / "RECORD").write_text("eqcvt/_native.so,,\n")
+    found = importlib.metadata.PathDistribution(folder)
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda **_: [found])
+    text = native._why_not_built()
+    assert text.startswith(f"this is the source tree {ROOT}, which has not built it; ")
+    assert f"installed is in {tmp_path}: start Python in another folder, or pip" in text
+
+
 @BUILT
 def test_only_the_module_is_exported() -> None:
     exported = symbols("-D", "--defined-only", INFO["file"])
@@ -260,6 +277,7 @@ def test_the_instruction_set_can_be_chosen(isa: str) -> None:
 
 
 @BUILT
+@pytest.mark.timeout(900)  # a test run of its own
 @pytest.mark.parametrize("isa", [i for i in HERE if i != INFO["instruction_set"]])
 def test_the_ops_are_right_in_the_other_instruction_sets(isa: str) -> None:
     ops = ("conv_attention", "lift", "mlp_block", "token_embed")
