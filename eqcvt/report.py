@@ -224,17 +224,17 @@ def summary(
     timed = any("seconds" in r for r in results.values())
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "para-\nmeters": lambda r: f"{r['parameters']:,}",
-        "accuracy": lambda r: f"{100 * r['accuracy']:.1f} %",
+        "accu-\nracy": lambda r: f"{100 * r['accuracy']:.1f} %",
         "AUC": lambda r: "-" if None in r["auc"] else f"{float(np.mean(r['auc'])):.3f}",
-        "calibr.\nerror": lambda r: f"{100 * r['ece']:.1f} %",
-        "std of\nlogits,\n8 x 45°": lambda r: f"{r['rotation']['std_45']:.3f}",
-        "the\nsame,\n+ 22.5°": lambda r: f"{r['rotation']['std_22']:.3f}",
-        "std of\nlogits,\ngroup": lambda r: f"{r['rotation']['std_group']:.2g}",
-        "residual,\ngroup": lambda r: f"{r['rotation']['residual_group']:.2g}",
-        "training\nseconds": lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "-",
+        "cal.\nerror": lambda r: f"{100 * r['ece']:.1f} %",
+        "std of\nlogits\n8x45°": lambda r: f"{r['rotation']['std_45']:.3f}",
+        "the\nsame\n+22.5°": lambda r: f"{r['rotation']['std_22']:.3f}",
+        "std of\nlogits\ngroup": lambda r: f"{r['rotation']['std_group']:.2g}",
+        "resi-\ndual\ngroup": lambda r: f"{r['rotation']['residual_group']:.2g}",
+        "train-\ning, s": lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "-",
     }
-    left_out = set() if full else {"calibr.\nerror", "std of\nlogits,\ngroup"}
-    left_out |= set() if timed else {"training\nseconds"}
+    left_out = set() if full else {"cal.\nerror", "std of\nlogits\ngroup"}
+    left_out |= set() if timed else {"train-\ning, s"}
     shown = {head: cell for head, cell in columns.items() if head not in left_out}
     table = Table(
         title=escape(title) or None, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)

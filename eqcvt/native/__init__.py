@@ -44,7 +44,7 @@ def _why_not_built() -> str:
     here = Path(__file__).parents[2]
     for found in importlib.metadata.distributions(name="eqcvt"):
         built = [f for f in found.files or () if f.match("eqcvt/_native*")]
-        if built and found.locate_file(built[0]).exists():
+        if built and Path(str(found.locate_file(built[0]))).exists():
             return (
                 f"this is the source tree {here}, which has not built it; the eqcvt that pip "
                 f"installed is in {found.locate_file('')}: start Python in another folder, or "
