@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,7 @@ from eqcvt.nn import set_backend
 from eqcvt.train import TrainConfig, train
 from eqcvt.train.config import RECIPES
 from eqcvt.train.distributed import resolve_device
+from eqcvt.train.trained import SEEN
 
 SETS = ("deeplense", "control")
 # Name, registry name, peak learning rate of our recipe; the demonstration's where it has them.
@@ -329,6 +331,8 @@ def ship(paper: Paper, content: Mapping[str, Any]) -> list[Path]:
             target = PRETRAINED / f"{model}-{of}"
             with replacing_folder(target) as folder:
                 load_model(trained / "best").save_pretrained(folder)
+                if (seen := trained / SEEN).is_file():  # not after an --init that did not know
+                    shutil.copyfile(seen, folder / SEEN)
                 card = {"name": target.name, **_card(paper, content, best)}
                 report.write_json(folder / "card.json", card)
             written.append(target)
@@ -342,11 +346,13 @@ def _card(paper: Paper, content: Mapping[str, Any], row: Mapping[str, Any]) -> d
     return {
         "trained": {k: row[k] for k in ("set", "recipe", "seed", "epochs", "best_epoch")},
         "images": paper.images,
+        "image_seed": TRAIN_SEED,
         "config": {k: v for k, v in config.items() if k not in ("data", "out")},
         "seconds": row["seconds"],
         "validation": {"accuracy": row["val_best"]},
         "test": {
             "images": test["n"],
+            "image_seed": TEST_SEED,
             **{k: test[k] for k in ("accuracy", "auc", "ece", "loss")},
             **{k: test["rotation"][k] for k in ("std_45", "std_22", "std_group", "residual_group")},
         },

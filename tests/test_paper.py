@@ -60,7 +60,11 @@ def test_the_table_is_made_kept_and_shipped(
     best = max(content["rows"][::2], key=lambda row: row["val_best"])
     assert card["trained"]["seed"] == best["seed"]
     assert card["test"]["accuracy"] == best["test"]["best"]["accuracy"]
+    assert (card["image_seed"], card["test"]["image_seed"]) == (1, 2)
     assert (folders[0] / "classes.json").is_file()
+    run = small(tmp_path / "out").folder("control", "eqcvt", "ours", best["seed"])
+    seen = "trained_on.safetensors"
+    assert (folders[0] / seen).read_bytes() == (run / seen).read_bytes()
 
 
 def test_other_settings_do_not_mix_with_an_older_table(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from eqcvt import fast
 from eqcvt.cli import app
 from eqcvt.cli.checkpoints import help_text
 from eqcvt.models import _base, registry
+from eqcvt.train.trained import SEEN
 from tests.train.rings import SIZE, TINY, rings
 
 FILES = {"model.safetensors", "config.json", "classes.json", "card.json"}
@@ -129,18 +131,27 @@ def test_a_folder_of_that_name_wins(shipped: Path) -> None:
 @pytest.mark.parametrize("name", eqcvt.list_pretrained())
 def test_what_the_package_carries(name: str) -> None:
     folder = eqcvt.pretrained_folder(name)
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in folder.iterdir()} == FILES | {SEEN}
     model = eqcvt.load_pretrained(name)
     classes = json.loads((folder / "classes.json").read_text())
     assert len(classes) == model.num_classes
     card = json.loads((folder / "card.json").read_text())
-    assert card["name"] == name
+    assert (card["name"], card["image_seed"], card["test"]["image_seed"]) == (name, 1, 2)
     assert card["command"]
     assert card["versions"]["torch"]
     assert 1 / len(classes) < card["test"]["accuracy"] <= 1
     size, channels = model.config["image_size"], model.config["in_channels"]
     with torch.no_grad():
         assert model(torch.rand(1, channels, size, size)).isfinite().all()
+
+
+def test_the_images_that_the_package_s_models_were_trained_on_are_left_out(tmp_path: Path) -> None:
+    images, out = tmp_path / "set.npz", ("--out", tmp_path / "out", "--no-pictures")
+    invoke("simulate", images, "--count", 12, "--seed", 1, "--workers", 1)
+    text = invoke("evaluate", *eqcvt.list_pretrained(), "--data", images, *out).stderr
+    counts = re.findall(r"was trained on (\d+) of the 12 images of", text)
+    assert len(counts) == 2
+    assert min(map(int, counts)) > 5
 
 
 def test_load_model_knows_the_names_that_are_shipped() -> None:

@@ -110,8 +110,9 @@ def list_pretrained() -> list[str]:
 def pretrained_folder(name: str) -> Path:
     """Return the folder of a trained model that comes with the package.
 
-    It holds what ``save_pretrained`` writes, ``classes.json`` (the names of the classes) and
-    ``card.json`` (what the model was trained on, how, and what it reached).
+    It holds what ``save_pretrained`` writes, ``classes.json`` (the names of the classes),
+    ``card.json`` (what the model was trained on, how, and what it reached) and
+    ``trained_on.safetensors`` (hashes of its training images).
 
     Raises:
         ValueError: on an unknown name (the nearest is named), or where no weights were packaged.

@@ -49,17 +49,13 @@ def model_folder(path: Path, *, last: bool = False) -> Path:
 def seen_images(folder: Path) -> NDArray[np.int64] | None:
     """Return the ``image_hashes`` of what the model in a checkpoint folder was trained on.
 
-    None where that is not known; none for the models that come with the package.
+    They are in its run, or beside a model that comes with the package; None where not known.
 
     Raises:
         ValueError: if the file that holds them is damaged.
     """
-    if folder in map(pretrained_folder, list_pretrained()):
-        return np.empty(0, np.int64)
-    path = folder.parent / SEEN
-    if folder.name not in ("best", "last") or not path.is_file():
-        return None
-    return np.asarray(read_weights(path)["images"])
+    path = (folder.parent if folder.name in ("best", "last") else folder) / SEEN
+    return np.asarray(read_weights(path)["images"]) if path.is_file() else None
 
 
 def save_seen_images(run: Path, hashes: NDArray[np.int64]) -> None:

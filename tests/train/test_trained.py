@@ -93,6 +93,16 @@ def test_what_a_run_was_trained_on_is_not_known_after_a_start_from_who_knows_wha
     assert seen_images(best) is None
 
 
+def test_a_run_from_a_shipped_model_knows_the_images_of_both(tmp_path: Path) -> None:
+    run = config(tmp_path, epochs=1, init="eqcvt-deeplense", model_kwargs={})
+    seen = seen_images(train(run, quiet=True).folder / "last")
+    before = seen_images(eqcvt.pretrained_folder("eqcvt-deeplense"))
+    assert before is not None
+    assert len(before) == 9000
+    assert seen is not None
+    assert set(seen) == {*before, *image_hashes(load(run.data))}
+
+
 def test_names(tmp_path: Path) -> None:
     name = eqcvt.list_pretrained()[0]
     assert model_folder(Path(name)) == eqcvt.pretrained_folder(name)
