@@ -147,6 +147,7 @@ class _Run:
         self.share, self.rows = self.validation.subset(rows), torch.from_numpy(rows)
         torch.manual_seed(config.seed)
         model = make_model(config, data)
+        model.classes = data.classes  # best/ and last/ keep their names wherever they are copied
         start = None
         before: NDArray[np.int64] | None = np.empty(0, np.int64)
         if config.init is not None and not resume:

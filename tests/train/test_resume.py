@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eqcvt.models import load_model
 from eqcvt.train import TrainConfig, train
 from eqcvt.train import loop as training_loop
 from eqcvt.train.checkpoint import seed_epoch
@@ -122,6 +123,14 @@ def copied(finished: TrainConfig, tmp_path: Path) -> TrainConfig:
     """The finished run, copied to where a test may damage it."""
     shutil.copytree(finished.out, tmp_path / "run")
     return replace(finished, out=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("part", ["best", "last"])
+def test_a_checkpoint_names_its_classes_wherever_it_is(
+    finished: TrainConfig, tmp_path: Path, part: str
+) -> None:
+    moved = shutil.copytree(Path(finished.out) / part, tmp_path / "moved")
+    assert load_model(moved).classes == ("no_sub", "sub")
 
 
 def test_finished_run_resumes_to_itself(copied: TrainConfig) -> None:
