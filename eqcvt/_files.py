@@ -9,6 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors.torch
+from torch import Tensor
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: naming the file. safetensors' own way to write raises what is no OSError, and
+            makes files that nobody else can read, whatever the umask.
+    """
+    content = safetensors.torch.save(tensors, metadata)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from eqcvt import _files
 
@@ -28,6 +32,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         interrupted()
     assert path.read_text() == "old"
     assert _names(tmp_path) == ["a.txt"]
+
+
+def test_tensors_are_written_as_others_may_read_them(tmp_path: Path) -> None:
+    path, given = tmp_path / "a.safetensors", {"a": torch.arange(3.0)}
+    before = os.umask(0o027)
+    try:
+        _files.write_tensors(path, given, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert torch.equal(load_file(path)["a"], given["a"])
+
+
+def test_a_disk_without_room_is_named_as_an_oserror(tmp_path: Path) -> None:
+    path, (soft, hard) = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=f"cannot write {path}: File too large") as caught:
+            _files.write_tensors(path, {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:

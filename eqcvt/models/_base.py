@@ -315,7 +315,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         config = json.dumps(self.config, indent=2) + "\n"
         with _files.replacing(folder / WEIGHTS) as path:
             state = {key: value.contiguous() for key, value in self.state_dict().items()}
-            safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+            _files.write_tensors(path, state, {"format": "pt"})
         with _files.replacing(folder / CONFIG) as path:
             path.write_text(config)
         if self.classes is not None:

@@ -19,11 +19,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from eqcvt._files import replacing_folder
+from eqcvt._files import replacing_folder, write_tensors
 from eqcvt.models import VisionModel
 from eqcvt.train.average import Average
 from eqcvt.train.config import TrainConfig
@@ -98,7 +98,7 @@ def save(folder: Path, state: State, config: TrainConfig) -> None:
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
     with replacing_folder(folder) as new:
         state.validated.save_pretrained(new)
-        save_file(tensors, new / TENSORS)
+        write_tensors(new / TENSORS, tensors)
         scalars = {
             "format": FORMAT,
             "progress": {

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from eqcvt._check import choice
-from eqcvt._files import replacing
+from eqcvt._files import replacing, write_tensors
 from eqcvt.models import VisionModel, list_pretrained, pretrained_folder
 from eqcvt.models._base import CONFIG, WEIGHTS, class_names, read_config, read_weights
 
@@ -61,7 +60,7 @@ def seen_images(folder: Path) -> NDArray[np.int64] | None:
 def save_seen_images(run: Path, hashes: NDArray[np.int64]) -> None:
     """Write what ``seen_images`` reads of the models of a run."""
     with replacing(run / SEEN) as new:
-        save_file({"images": torch.from_numpy(np.unique(hashes))}, new)
+        write_tensors(new, {"images": torch.from_numpy(np.unique(hashes))})
 
 
 def start_from(model: VisionModel, source: str, classes: Sequence[str]) -> str:

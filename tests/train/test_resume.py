@@ -133,6 +133,12 @@ def test_a_checkpoint_names_its_classes_wherever_it_is(
     assert load_model(moved).classes == ("no_sub", "sub")
 
 
+def test_whoever_may_read_the_settings_may_read_the_weights(finished: TrainConfig) -> None:
+    run = Path(finished.out)
+    modes = {path.stat().st_mode for path in run.rglob("*.safetensors")}
+    assert modes == {(run / "config.toml").stat().st_mode}
+
+
 def test_finished_run_resumes_to_itself(copied: TrainConfig) -> None:
     before = tensors(Path(copied.out) / "last")
     result = train(copied, resume=True, quiet=True)
