@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -63,3 +64,17 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(outer, ignore_errors=True)
+
+
+def take_back(path: Path) -> None:
+    """Put back what a killed ``replacing_folder`` moved away, and remove what else it left.
+
+    Only for a ``path`` that no living process replaces. ``replacing`` leaves nothing to put back.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        if not left.is_dir() or not {p.name for p in left.iterdir()} <= {"new", "old", path.name}:
+            continue  # not ours
+        new, old = left / "new", left / "old"
+        if old.exists() and not path.exists():  # then ``new`` was whole
+            os.replace(new if new.exists() else old, path)
+        shutil.rmtree(left, ignore_errors=True)

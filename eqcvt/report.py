@@ -21,10 +21,9 @@ from eqcvt._files import replacing
 from eqcvt.data import LensingImages, to_unit
 from eqcvt.models import VisionModel
 from eqcvt.train import evaluate, logits_over_angles, predict_logits
+from eqcvt.train.folder import OF_ALL, OF_ONE, stem
 
 Progress = Callable[[str], None]
-OF_ALL = ("roc.png", "logits_vs_angle.png", "reliability.png")
-OF_ONE = ("confusion_{}.png", "samples_{}.png", "attention_{}.png")
 
 
 def evaluate_models(
@@ -99,22 +98,6 @@ def one_of_each(data: LensingImages) -> list[int]:
     return [int(np.flatnonzero(data.labels == k)[0]) for k in np.unique(data.labels)]
 
 
-def remove_pictures(folder: Path) -> None:
-    """Remove what ``draw`` made for the models of the ``metrics.json`` in a folder, if any."""
-    try:
-        models = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["models"]
-    except (OSError, ValueError, KeyError, TypeError):  # of no evaluation
-        return
-    of_one = [picture.format(_stem(model)) for model in models for picture in OF_ONE]
-    for name in (*OF_ALL, *of_one):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _stem(name: str) -> str:
-    """Return a model's name as part of a file's."""
-    return "".join(c if c.isalnum() else "_" for c in name.lower())
-
-
 def draw(
     models: Mapping[str, VisionModel],
     results: Mapping[str, Mapping[str, Any]],
@@ -166,7 +149,7 @@ def draw(
         progress(f"drawing {name}")
         table = predict_logits(model, data, device=device, batch_size=batch_size)
         probabilities[name] = table.double().softmax(dim=-1).cpu().numpy()
-        confused, sampled, attended = (out / picture.format(_stem(name)) for picture in OF_ONE)
+        confused, sampled, attended = (out / picture.format(stem(name)) for picture in OF_ONE)
         accuracy = 100 * float(results[name]["accuracy"])
         title = f"{name}: accuracy {accuracy:.1f} %"
         confusion = plots.confusion_matrix(results[name]["confusion"], data.classes, title=title)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,28 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
             (new / content).write_text(content)
     assert _names(folder) == ["second"]
     assert _names(tmp_path) == ["run"]
+
+
+def test_what_a_killed_process_left_is_put_back_or_removed(tmp_path: Path) -> None:
+    folder, left = tmp_path / "a[1]", tmp_path / ".a[1].abcdefgh"
+    for parts, expected in ((("old", "new"), "new"), (("old",), "old"), (("new",), None)):
+        for part in parts:
+            (left / part).mkdir(parents=True)
+            (left / part / part).touch()
+        _files.take_back(folder)
+        assert not left.exists()
+        if expected is None:  # the new one may be half written
+            assert not folder.exists()
+        else:
+            assert _names(folder) == [expected]
+            (left / "old").mkdir(parents=True)
+            _files.take_back(folder)
+            assert not left.exists()
+            assert _names(folder) == [expected]
+            shutil.rmtree(folder)
+    (left / "mine").mkdir(parents=True)
+    _files.take_back(folder)
+    assert _names(left) == ["mine"]
 
 
 @pytest.mark.parametrize("failing", [1, 2])

@@ -58,6 +58,7 @@ def evaluate(
 
     from eqcvt import report
     from eqcvt.data import load as load_images
+    from eqcvt.train.folder import EVALUATION, remove_pictures
 
     if split is not None and data is None:
         raise ValueError(f"--split {split} says which part of --data PATH: give both")
@@ -78,7 +79,7 @@ def evaluate(
         nets, images, device=where, batch_size=batch_size, progress=screen.print
     )
     beside = Path(f"{first.folder.name}-evaluation")  # nothing is written into the package
-    folder = out or (beside if first.packaged else (first.run or first.folder) / "evaluation")
+    folder = out or (beside if first.packaged else (first.run or first.folder) / EVALUATION)
     screen.print(report.summary(results, title=f"{len(images)} images of {source}"))
     for name, result in results.items():
         table = Table("true class", title=f"{escape(name)}: confusion")
@@ -91,7 +92,7 @@ def evaluate(
         screen.print(table)
         for sentence in result["notes"]:
             screen.print(f"note: {sentence}", markup=False, soft_wrap=True)
-    report.remove_pictures(folder)  # those of other images or models would stay beside new numbers
+    remove_pictures(folder)  # those of other images or models would stay beside new numbers
     report.write_json(
         folder / "metrics.json",
         {
@@ -119,12 +120,12 @@ def held_out(first: Loaded) -> tuple[LensingImages, str]:
     """
     from eqcvt.train.checkpoint import trained_on
     from eqcvt.train.config import TrainConfig
-    from eqcvt.train.loop import LAST
+    from eqcvt.train.folder import CONFIG, LAST
     from eqcvt.train.setup import fingerprint, load_data
 
-    if first.run is None or not (first.run / "config.toml").is_file():
+    if first.run is None or not (first.run / CONFIG).is_file():
         raise ValueError(f"{first.folder} belongs to no run: say which images with --data PATH")
-    file = first.run / "config.toml"
+    file = first.run / CONFIG
     config = TrainConfig.from_file(file)
     try:
         sets = load_data(config)

@@ -16,7 +16,7 @@ import typer
 
 from eqcvt.cli.app import app, console
 from eqcvt.train.config import RECIPES, TrainConfig
-from eqcvt.train.loop import CONFIG
+from eqcvt.train.folder import CONFIG, CURVES
 
 EXTRA_HELP = {
     "seed": "of the weights, the order of the images, dropout and augmentation",
@@ -155,7 +155,7 @@ def train(
     result = run(chosen, resume=resume, overwrite=overwrite)
     if not first:
         return
-    plots.save(plots.training_curves({chosen.model: result.history}), folder / "curves.png")
+    plots.save(plots.training_curves({chosen.model: result.history}), folder / CURVES)
     console().print(
         f"best accuracy {100 * result.best_accuracy:.2f} % (epoch {result.best_epoch}), "
         f"last {100 * result.last_accuracy:.2f} %; model, metrics and curves in {folder}",

@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,13 +27,14 @@ from torch.optim.swa_utils import update_bn
 from eqcvt._check import amp_dtype
 from eqcvt._files import replacing
 from eqcvt.data import Augment, Batches, LensingImages
-from eqcvt.models import VisionModel
+from eqcvt.models import VisionModel, load_model
 from eqcvt.models._base import CLASSES
 from eqcvt.train import checkpoint
 from eqcvt.train.checkpoint import Progress, State
 from eqcvt.train.config import TrainConfig
 from eqcvt.train.distributed import Process, processes
 from eqcvt.train.evaluate import model_input, predict_logits
+from eqcvt.train.folder import BEST, CONFIG, LAST, METRICS, TENSORBOARD, alone, claim, remove
 from eqcvt.train.graph import GraphedStep
 from eqcvt.train.metrics import mean_auc
 from eqcvt.train.report import Reporter
@@ -49,23 +49,9 @@ from eqcvt.train.setup import (
     summary_writer,
 )
 from eqcvt.train.step import Step
-from eqcvt.train.trained import (
-    SEEN,
-    model_folder,
-    save_seen_images,
-    seen_images,
-    start_from,
-)
+from eqcvt.train.trained import model_folder, save_seen_images, seen_images, start_from
 
 log = logging.getLogger("eqcvt")
-LOCK = "train.lock"
-CONFIG, METRICS, BEST, LAST, TENSORBOARD = (
-    "config.toml",
-    "metrics.json",
-    "best",
-    "last",
-    "tensorboard",
-)
 
 
 @dataclass(frozen=True)
@@ -122,8 +108,9 @@ def train(
         raise ValueError("resume and overwrite exclude each other")
     with processes(config.device) as process, _numerics(config, process):
         folder = Path(config.out)
-        _claim(folder, may_hold_a_run=resume or overwrite)
-        with _alone(folder) if process.first else nullcontext():
+        claim(folder, may_hold_a_run=resume or overwrite)
+        with alone(folder) if process.first else nullcontext():
+            process.wait()  # until the first one has put back what a killed run left half renamed
             run = _Run(config, process, resume=resume, overwrite=overwrite, quiet=quiet)
             try:
                 return run.epochs()
@@ -190,8 +177,7 @@ class _Run:
         self.writer = None
         if process.first:
             if overwrite:
-                for path in _parts(self.folder):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(self.folder)
             if make_writer is not None:
                 self.writer = make_writer(str(self.folder / TENSORBOARD))
             held_out = config.val_data and os.path.abspath(config.val_data)
@@ -201,11 +187,29 @@ class _Run:
             with replacing(self.folder / CLASSES) as new:
                 new.write_text(json.dumps(data.classes) + "\n", encoding="utf-8")
             self._write_metrics()
-            if not resume:
+            if resume:
+                self._check_best()
+            else:
                 if before is not None:
                     save_seen_images(self.folder, np.append(before, image_hashes(data)))
                 checkpoint.save(self.folder / LAST, self.state, config)
         self.saved_epoch = self.state.progress.epoch
+
+    def _check_best(self) -> None:
+        """Write ``best/`` anew where ``last/`` is the best; warn where it cannot be loaded."""
+        best, progress = self.folder / BEST, self.state.progress
+        if progress.best_epoch == progress.epoch:
+            if progress.epoch:
+                checkpoint.save_model(best, self.state.validated)
+            return
+        try:
+            load_model(best)
+        except (FileNotFoundError, ValueError) as error:
+            warnings.warn(
+                f"the model of the best epoch, {progress.best_epoch}, is lost ({error}): {best} is "
+                "written when a later epoch is better",
+                stacklevel=2,
+            )
 
     def _make_step(self, kind: type[Step]) -> Step:
         """Make the training step, of a model that is parallel and compiled if asked."""
@@ -295,9 +299,15 @@ class _Run:
             progress.best_epoch = progress.epoch
             progress.best_accuracy, progress.best_loss = accuracy, val_loss
         if process.first:
+            if not (self.folder / CONFIG).is_file():  # else half a run would be begun there
+                raise FileNotFoundError(
+                    f"the run folder {self.folder} is gone: was it moved? It goes on with resume, "
+                    "and out where it is now"
+                )
+            # In this order: from last/ a resumed run makes the others if this one is killed here.
+            checkpoint.save(self.folder / LAST, self.state, self.config)
             if best:
                 checkpoint.save_model(self.folder / BEST, self.state.validated)
-            checkpoint.save(self.folder / LAST, self.state, self.config)
             self._write_metrics()
             self._log(row)
         self.saved_epoch = progress.epoch
@@ -419,50 +429,6 @@ def _no_graph(config: TrainConfig, process: Process) -> str | None:
     if config.compile:
         return "it does not hold what compile makes; leave compile away"
     return None
-
-
-def _parts(folder: Path) -> list[Path]:
-    """What there is of a run in a folder; all else in it is not ours."""
-    ours = [folder / name for name in (CONFIG, CLASSES, SEEN, METRICS, BEST, LAST, TENSORBOARD)]
-    return [path for path in ours if path.exists()]
-
-
-def _claim(folder: Path, *, may_hold_a_run: bool) -> None:
-    """Refuse a file, and a folder that holds a run unless it may."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"the run folder {folder} is a file")
-    present = [] if may_hold_a_run else _parts(folder)
-    if present:
-        raise FileExistsError(
-            f"{folder} already holds a run ({', '.join(p.name for p in present)}): choose another "
-            "folder (out), go on with it (resume) or replace it (overwrite)"
-        )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system frees it when the process ends, however it does.
-
-    A folder made for a run that did not start is removed again.
-    """
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(
-            f"another process is training into {folder}: choose another folder (out), or wait "
-            "until it has ended"
-        ) from None
-    except (NotImplementedError, OSError) as error:  # some clusters' file systems know no locks
-        log.info("%s is not locked: %s", folder, error)
-    try:
-        yield
-    finally:
-        lock.release()
-        if new and os.listdir(folder) == [LOCK]:
-            shutil.rmtree(folder)
 
 
 @contextmanager

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import builtins
-import errno
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,51 +79,6 @@ def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
-def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
-    run = config(tmp_path, epochs=1)
-    train(run, quiet=True)
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match=r"already holds a run \(config.toml.*overwrite"):
-        train(run, quiet=True)
-    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
-    train(replace(run, seed=1), overwrite=True, quiet=True)
-    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() != before
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
-        train(run, resume=True, overwrite=True)
-
-
-def test_a_file_system_without_locks_is_no_hindrance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def acquire(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("eqcvt.train.loop.FileLock.acquire", acquire)
-    assert train(config(tmp_path, epochs=1), quiet=True).history
-
-
-def test_two_processes_do_not_train_into_one_folder(tmp_path: Path) -> None:
-    run = config(tmp_path, epochs=1)
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom eqcvt.train.loop import _alone\n"
-        "with _alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, run.out]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout is not None
-    assert other.stdout.readline() == b"held\n"
-    for flags in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(
-            FileExistsError, match=r"another process is training into .*run: choose"
-        ):
-            train(run, quiet=True, **flags)
-    other.kill()
-    other.communicate()
-    assert len(train(run, quiet=True).history) == 1
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -161,12 +113,6 @@ def test_a_run_starts_from_the_one_it_replaces(tmp_path: Path) -> None:
     second = train(still, overwrite=True, quiet=True)
     assert second.best_accuracy == first.best_accuracy
     assert len(second.history) == 1
-
-
-def test_run_folder_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(FileExistsError, match=r"the run folder .*run is a file"):
-        train(config(tmp_path), quiet=True)
 
 
 def test_two_deterministic_runs_are_bit_equal(tmp_path: Path) -> None:
