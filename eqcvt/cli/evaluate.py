@@ -58,7 +58,7 @@ def evaluate(
 
     from eqcvt import report
     from eqcvt.data import load as load_images
-    from eqcvt.train.folder import EVALUATION, remove_pictures
+    from eqcvt.train.folder import EVALUATION, METRICS, remove_pictures
 
     if split is not None and data is None:
         raise ValueError(f"--split {split} says which part of --data PATH: give both")
@@ -70,16 +70,33 @@ def evaluate(
         images, source = load_images(data, split=split), str(data)
     for name, item in found.items():
         if said := other_classes(name, item.model.classes, images.classes):
-            console().print(f"note: {said}", markup=False, soft_wrap=True)
+            note(f"note: {said}")
     images, trained_on = unseen(found, images, source, vouched=first if data is None else None)
     nets = {name: item.model for name, item in found.items()}
     where = first.device
-    screen = console()
     results = report.evaluate_models(
-        nets, images, device=where, batch_size=batch_size, progress=screen.print
+        nets, images, device=where, batch_size=batch_size, progress=note
     )
     beside = Path(f"{first.folder.name}-evaluation")  # nothing is written into the package
     folder = out or (beside if first.packaged else (first.run or first.folder) / EVALUATION)
+    remove_pictures(folder)  # those of other images or models would stay beside new numbers
+    report.write_json(
+        folder / METRICS,
+        {
+            **report.origin(),
+            "data": source,
+            "checkpoints": {name: str(item.folder) for name, item in found.items()},
+            "trained_on": trained_on,
+            "models": results,
+        },
+    )
+    if pictures:
+        report.draw(
+            nets, results, images, folder, device=where, batch_size=batch_size,
+            angles=angles, samples=samples, progress=note,
+        )  # fmt: skip
+    # Last, as standard output may be closed, or unable to show a name.
+    screen = console()
     screen.print(report.summary(results, title=f"{len(images)} images of {source}"))
     for name, result in results.items():
         table = Table("true class", title=f"{escape(name)}: confusion")
@@ -92,22 +109,6 @@ def evaluate(
         screen.print(table)
         for sentence in result["notes"]:
             screen.print(f"note: {sentence}", markup=False, soft_wrap=True)
-    remove_pictures(folder)  # those of other images or models would stay beside new numbers
-    report.write_json(
-        folder / "metrics.json",
-        {
-            **report.origin(),
-            "data": source,
-            "checkpoints": {name: str(item.folder) for name, item in found.items()},
-            "trained_on": trained_on,
-            "models": results,
-        },
-    )
-    if pictures:
-        report.draw(
-            nets, results, images, folder, device=where, batch_size=batch_size,
-            angles=angles, samples=samples, progress=screen.print,
-        )  # fmt: skip
     screen.print(f"wrote {folder}", markup=False, soft_wrap=True)
 
 

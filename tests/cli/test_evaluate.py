@@ -137,6 +137,19 @@ def test_classes_in_another_order_are_refused_and_other_names_are_said(
     assert "as [/red]" in text
 
 
+def test_results_are_written_where_they_cannot_be_printed(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed() -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("eqcvt.cli.evaluate.console", closed)
+    out = tmp_path / "results"
+    invoke("evaluate", run_folder, "--out", out, "--angles", 4, "--samples", 2, code=1)
+    assert json.loads((out / "metrics.json").read_text())["models"]
+    assert (out / "reliability.png").is_file()
+
+
 def test_a_split_without_data_is_refused(run_folder: Path) -> None:
     message = invoke("evaluate", run_folder, "--split", "test", code=2).stderr
     assert "--split test says which part of --data PATH" in message
