@@ -31,8 +31,9 @@ from eqcvt.train.config import TrainConfig
 FORMAT = 1
 TENSORS, SCALARS = "training_state.safetensors", "training_state.json"
 
-# What may differ when a run goes on: none of these changes the numbers of the epochs to come,
-# except for rounding. The images themselves are compared by ``Progress.data``.
+# What may differ when a run goes on: none of these changes the numbers of the epochs to come but by
+# rounding, and by the masks of dropout, which device and compile draw in their own ways. The images
+# themselves are compared by ``Progress.data``.
 FREE = frozenset(
     {"out", "data", "val_data", "device", "tensorboard", "early_stopping", "compile", "cuda_graph"}
 )
@@ -125,6 +126,11 @@ def load(folder: Path, state: State, config: TrainConfig) -> None:
         raise ValueError(
             f"cannot resume from {folder}: the images are not the ones it was trained on "
             f"(data={config.data!r}, val_data={config.val_data!r})"
+        )
+    if config.epochs < (done := scalars["progress"]["epoch"]):
+        raise ValueError(
+            f"cannot resume from {folder}: epochs must be at least the {done} that are done, got "
+            f"{config.epochs}"
         )
     path = folder / TENSORS
     tensors = _read_tensors(path, scalars["sha256"][TENSORS])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
+import os
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -22,6 +23,7 @@ from eqcvt.models import list_models
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
 SPLIT_SEED = 1337
+FLOAT32_MAX = 3.4028234663852886e38
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -212,21 +214,28 @@ def _one_of(allowed: tuple[str, ...]) -> Check:
 
 
 def _integer(minimum: int) -> Check:
-    return lambda what, given: integer(what, given, minimum)
+    """A check for integers from a minimum to the largest that torch takes."""
+
+    def check(what: str, given: Any) -> int:
+        if (value := integer(what, given, minimum)) > sys.maxsize:
+            raise ValueError(f"{what} must be at most {sys.maxsize}, got {value}")
+        return value
+
+    return check
 
 
 def _model(what: str, given: Any) -> str:
     return choice(what, given, list_models())
 
 
-def _number(low: float, *, open_below: bool = False, high: float = math.inf) -> Check:
-    """A check for finite numbers in [low, high], or in (low, high]."""
+def _number(low: float, *, open_below: bool = False, high: float = FLOAT32_MAX) -> Check:
+    """A check for numbers in [low, high], or in (low, high]."""
 
     def check(what: str, given: Any) -> float:
         value = number(what, given)
         if value < low or value > high or (open_below and value == low):
             above = f"above {low:g}" if open_below else f"at least {low:g}"
-            below = "" if high == math.inf else f" and at most {high:g}"
+            below = f" and at most {high:g}" if high < FLOAT32_MAX or value > high else ""
             raise ValueError(f"{what} must be {above}{below}, got {given}")
         return value
 
@@ -238,7 +247,7 @@ def _path(what: str, given: Any) -> str:
         raise TypeError(f"{what} must be a path, got {type(given).__name__} {given!r}")
     if not str(given):
         raise ValueError(f"{what} must be a path, got an empty text")
-    return str(given)
+    return os.path.expanduser(str(given))  # a shell does it, a file of settings does not
 
 
 def _betas(what: str, given: Any) -> tuple[float, float]:

@@ -88,8 +88,9 @@ def train(
     Args:
         config: the settings.
         resume: go on after the last finished epoch in ``config.out``; on the CPU the result is
-            bit for bit that of an unbroken run. Settings that would change the finished epochs
-            must be the same; ``epochs`` may grow with the schedules ``step`` and ``constant``.
+            bit for bit that of an unbroken run on the same number of processes and threads.
+            Settings that would change the finished epochs must be the same; ``epochs`` may grow
+            with the schedules ``step`` and ``constant``.
         overwrite: start afresh, removing an earlier run from ``config.out`` when data, model and
             settings have been found to fit.
         quiet: print nothing.
@@ -257,11 +258,12 @@ class _Run:
 
     def interrupted(self) -> str:
         """Say where the state is and how to go on."""
-        done = self.saved_epoch
+        done, count = self.saved_epoch, self.process.world_size
+        launch = f"torchrun --nproc-per-node {count} -m " if count > 1 else ""
         text = (
             f"interrupted in epoch {done + 1}; the state after epoch {done} is in "
-            f"{self.folder / LAST}. Go on with: eqcvt train --out {shlex.quote(str(self.folder))} "
-            "--resume, or train(config, resume=True)"
+            f"{self.folder / LAST}. Go on with: {launch}eqcvt train --out "
+            f"{shlex.quote(str(self.folder))} --resume, or train(config, resume=True)"
         )
         self.reporter.say(text)
         return text

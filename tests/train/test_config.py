@@ -43,6 +43,11 @@ def make(**values: Any) -> TrainConfig:
         ({"betas": [0.9]}, TypeError, r"betas must be two numbers, got \[0.9\]"),
         ({"betas": [0.9, 1.0]}, ValueError, r"betas\[1\] must lie in \[0, 1\), got 1.0"),
         ({"weight_decay": -1e-3}, ValueError, "weight_decay must be at least 0, got -0.001"),
+        (
+            {"weight_decay": 1e308},
+            ValueError,
+            r"weight_decay must be .* at most 3.40282e\+38, got 1e\+308",
+        ),
         ({"schedule": "cosin"}, ValueError, "schedule must be one of .* did you mean 'cosine'"),
         ({"warmup_epochs": -1}, ValueError, "warmup_epochs must be at least 0, got -1"),
         ({"warmup_epochs": 40}, ValueError, r"warmup_epochs must be below epochs \(40\), got 40"),
@@ -57,6 +62,8 @@ def make(**values: Any) -> TrainConfig:
         ({"augment": "rotation"}, ValueError, "augment must be one of .* did you mean 'rotate'"),
         ({"supersample": 0}, ValueError, "supersample must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": 2**63}, ValueError, "seed must be at most 9223372036854775807, got 92233"),
+        ({"recalibrate": 10**30}, ValueError, "recalibrate must be at most 9223372036854775807"),
         ({"deterministic": 1}, TypeError, "deterministic must be True or False, got int 1"),
         ({"compile": "yes"}, TypeError, "compile must be True or False, got str 'yes'"),
         ({"cuda_graph": "on"}, TypeError, "cuda_graph must be True or False, got str 'on'"),
@@ -90,6 +97,14 @@ def test_toml_gives_back_what_was_saved(tmp_path: Path) -> None:
     given = make(model_kwargs={"fields": 3, "group": "D4"}, betas=[0.8, 0.99], warmup_epochs=2)
     assert TrainConfig.from_file(given.save(tmp_path / "a" / "run.toml")) == given
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["run.toml"]
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.toml").write_text('data = "~/a.npz"\nout = "~/zz"\ninit = "eqcvt-deeplense"\n')
+    read = TrainConfig.from_file(tmp_path / "run.toml")
+    assert (read.data, read.out) == (f"{tmp_path}/a.npz", f"{tmp_path}/zz")
+    assert read.init == "eqcvt-deeplense"
 
 
 def test_numpy_s_numbers_are_numbers(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from eqcvt.models import load_model
 from eqcvt.train import TrainConfig, train
 from eqcvt.train import loop as training_loop
 from eqcvt.train.checkpoint import seed_epoch
+from eqcvt.train.distributed import Process
 from tests.train.rings import config, rings, without_times
 
 
@@ -87,6 +89,23 @@ def test_epochs_may_grow_where_the_rate_does_not_depend_on_them(tmp_path: Path) 
     train(replace(short, epochs=3), resume=True, quiet=True)
     train(replace(short, epochs=3, out=str(tmp_path / "whole")), quiet=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "grown")
+
+
+def test_fewer_epochs_than_are_done_are_refused(tmp_path: Path) -> None:
+    run = config(tmp_path, schedule="constant")
+    train(run, quiet=True)
+    before = TrainConfig.from_file(tmp_path / "run" / "config.toml")
+    with pytest.raises(ValueError, match="epochs must be at least the 2 that are done, got 1"):
+        train(replace(run, epochs=1), resume=True, quiet=True)
+    assert TrainConfig.from_file(tmp_path / "run" / "config.toml") == before
+
+
+def test_several_processes_are_told_to_go_on_as_several(tmp_path: Path) -> None:
+    run = object.__new__(training_loop._Run)
+    run.saved_epoch, run.folder = 1, tmp_path / "run"
+    run.process, run.reporter = Process(0, 4, torch.device("cpu")), Mock()
+    command = f"torchrun --nproc-per-node 4 -m eqcvt train --out {tmp_path / 'run'} --resume,"
+    assert f"Go on with: {command}" in run.interrupted()
 
 
 def test_ctrl_c_says_how_to_go_on(
