@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import math
@@ -27,8 +28,7 @@ from torch.optim.swa_utils import update_bn
 from eqcvt._check import amp_dtype
 from eqcvt._files import replacing
 from eqcvt.data import Augment, Batches, LensingImages
-from eqcvt.models import VisionModel, load_model
-from eqcvt.models._base import CLASSES
+from eqcvt.models import VisionModel, _base, load_model
 from eqcvt.train import checkpoint
 from eqcvt.train.checkpoint import Progress, State
 from eqcvt.train.config import TrainConfig
@@ -185,7 +185,7 @@ class _Run:
             # Absolute, so that a command in any folder finds the images.
             located = replace(config, data=os.path.abspath(config.data), val_data=held_out)
             located.save(self.folder / CONFIG)
-            with replacing(self.folder / CLASSES) as new:
+            with replacing(self.folder / _base.CLASSES) as new:
                 new.write_text(json.dumps(data.classes) + "\n", encoding="utf-8")
             self._write_metrics()
             if resume:
@@ -197,10 +197,12 @@ class _Run:
         self.saved_epoch = self.state.progress.epoch
 
     def _check_best(self) -> None:
-        """Write ``best/`` anew where ``last/`` is the best; warn where it cannot be loaded."""
+        """Write ``best/`` anew where it should be ``last/``; warn where it cannot be loaded."""
         best, progress = self.folder / BEST, self.state.progress
         if progress.best_epoch == progress.epoch:
-            if progress.epoch:
+            files = (_base.WEIGHTS, _base.CONFIG, _base.CLASSES)
+            same, *_ = filecmp.cmpfiles(best, self.folder / LAST, files, shallow=False)
+            if progress.epoch and len(same) < len(files):
                 checkpoint.save_model(best, self.state.validated)
             return
         try:
