@@ -143,6 +143,9 @@ def _finished(demo: Demo) -> dict[str, Any] | None:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     whole = all((demo.out / picture).is_file() for picture in content["pictures"])
     whole = whole and sorted(content.get("packaged", {})) == list_pretrained()
+    whole = whole and all(
+        map(report.whole, [*content["models"].values(), *content["packaged"].values()])
+    )
     return content if whole and content["settings"] == _settings(demo) else None
 
 
@@ -182,7 +185,8 @@ def _evaluate(
         made_of = (test, _folder(demo, name) / "last" / "model.safetensors")
         if kept.is_file() and all(p.stat().st_mtime < kept.stat().st_mtime for p in made_of):
             results[name] = json.loads(kept.read_text(encoding="utf-8"))
-            continue
+            if report.whole(results[name]):
+                continue
         results |= report.evaluate_models({name: model}, data, device=device, progress=say)
         report.write_json(kept, results[name])
     return results

@@ -194,6 +194,11 @@ def _draw_attention(
     plots.save(figure, path)
 
 
+def whole(result: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation that was kept has all that one has today."""
+    return "std_22" in result["rotation"]
+
+
 def summary(
     results: Mapping[str, Mapping[str, Any]], *, title: str = "", full: bool = True
 ) -> Table:
@@ -211,7 +216,7 @@ def summary(
         "AUC": lambda r: "-" if None in r["auc"] else f"{float(np.mean(r['auc'])):.3f}",
         "cal.\nerror": lambda r: f"{100 * r['ece']:.1f} %",
         "std of\nlogits\n8x45°": lambda r: f"{r['rotation']['std_45']:.3f}",
-        "the\nsame\n+22.5°": lambda r: f"{r['rotation']['std_22']:.3f}",
+        "the\nsame\n+22.5°": lambda r: f"{r['rotation']['std_22']:.3f}" if whole(r) else "-",
         "std of\nlogits\ngroup": lambda r: f"{r['rotation']['std_group']:.2g}",
         "resi-\ndual\ngroup": lambda r: f"{r['rotation']['residual_group']:.2g}",
         "train-\ning, s": lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "-",

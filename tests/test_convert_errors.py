@@ -270,6 +270,14 @@ def test_live_modules_of_other_functions_are_refused(
         from_escnn(author)
 
 
+def test_what_acts_in_training_alone_is_left_out_of_a_model_in_evaluation() -> None:
+    author = to_escnn(CvT(image_size=33, stages=SMALL_STAGES))
+    put(author, f"{BLOCK}.0.fn.dropout", nn.Dropout(0.1))
+    author = nn.SyncBatchNorm.convert_sync_batchnorm(author).eval()
+    x = torch.rand(2, 1, 33, 33)
+    torch.testing.assert_close(from_escnn(author)(x), author(x))
+
+
 @needs_escnn
 def test_a_front_of_other_functions_is_refused() -> None:
     model = EqCvT(1, **SMALL)

@@ -103,7 +103,7 @@ def configuration(
     Without either, a run to resume has the settings in its own folder.
     """
     flags = {name: value for name, value in given.items() if value not in (None, [])}
-    own = Path(flags.get("out", TrainConfig.out)).expanduser() / CONFIG
+    own = Path(os.path.expanduser(flags.get("out", TrainConfig.out))) / CONFIG
     if resume and file is None and recipe is None and own.is_file():
         file = own
         flags["out"] = str(own.parent)  # wherever the folder was when it was written

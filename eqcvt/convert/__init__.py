@@ -92,7 +92,9 @@ def from_escnn(module: nn.Module, *, image_size: int | None = None) -> EqCvT | C
     """Return our model with the weights and statistics of a live model of the published layout.
 
     Its modules and their settings are held to the published ones, but what the forward of its own
-    classes does cannot be seen. The parameters are new and all trained; hooks are not carried over.
+    classes does cannot be seen. The parameters are new and all trained; hooks are not carried over,
+    nor from a model in evaluation what acts in training alone: dropout of attention weights,
+    statistics that processes share.
 
     Args:
         module: the model, made of e2cnn or escnn modules or by :func:`to_escnn`.

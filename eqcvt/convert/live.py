@@ -159,6 +159,8 @@ def _runs_as(given: nn.Module, wanted: nn.Module) -> bool:
         return True
     if isinstance(wanted, nn.Flatten) and type(given).__module__.startswith("einops."):
         return True
+    if isinstance(given, nn.SyncBatchNorm) and isinstance(wanted, nn.BatchNorm2d | nn.BatchNorm1d):
+        return not given.training  # when it is a batch norm like any other
     return getattr(given.forward, "__func__", None) is type(wanted).forward
 
 
@@ -176,4 +178,5 @@ def _is_idle(part: nn.Module, path: str) -> bool:
     """Whether a module beyond the layout's changes nothing, or is attention's softmax."""
     if isinstance(part, nn.Softmax):
         return part.dim in (-1, 3) and _ATTENTION.fullmatch(path) is not None
-    return isinstance(part, nn.Identity) or (isinstance(part, nn.Dropout) and part.p == 0)
+    dropping = isinstance(part, nn.Dropout) and part.p > 0 and part.training
+    return isinstance(part, nn.Identity | nn.Dropout) and not dropping

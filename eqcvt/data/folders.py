@@ -152,7 +152,8 @@ def _class_files(folder: Path) -> list[Path]:
         if not path.name.startswith(".") and path.name.lower() not in _SYSTEM
     ]
     found = [path for path in there if path.name.lower().endswith(ENDINGS) and not path.is_dir()]
-    other = [path.name + "/" * path.is_dir() for path in there if path not in set(found)]
+    known = set(found)
+    other = [path.name + "/" * path.is_dir() for path in there if path not in known]
     if found and other:
         warnings.warn(
             f"{folder}: {len(other)} of its {len(there)} entries are not read, such as "

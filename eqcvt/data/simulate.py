@@ -37,6 +37,8 @@ from eqcvt.data.render import caustics, generate
 
 CHUNK = 64
 DTYPES = ("uint8", "float32")
+# To be raised when a configuration gives other images or columns than before.
+RENDERER = 2
 START_METHODS = ("spawn", "forkserver", "fork")
 
 
@@ -108,6 +110,7 @@ def simulate(
     target = _target(Path(out), config.name, shard)
     start, stop = number * count // shards, (number + 1) * count // shards
     run = {"config": config.to_dict(), "seed": seed, "dtype": dtype, "range": [start, stop]}
+    run["renderer"] = RENDERER  # whose chunks fit together
     if target.exists():
         if _holds(target, run):
             return target

@@ -16,12 +16,16 @@ def aucs(logits: Tensor, labels: Tensor) -> list[float | None]:
     """Area under the ROC curve of each class against the rest.
 
     Args:
-        logits: [N, K], none of them NaN.
+        logits: [N, K].
         labels: integers [N].
 
     Returns:
         K values; None for a class that no image, or every image, belongs to.
+
+    Raises:
+        ValueError: where logits are NaN or infinite, so that they are no probabilities.
     """
+    _probabilities(logits)
     counted = [_counts(logits, labels, k) for k in range(logits.shape[1])]
     return [
         float(torch.trapezoid(right, wrong) / (right[-1] * wrong[-1]))

@@ -212,6 +212,10 @@ def test_resume_uses_whole_chunks_of_the_same_run_only(tmp_path, monkeypatch):
     assert _run_with_counting(monkeypatch, 200, out, fail_at=128) == [0, 64, 128]
     assert _run_with_counting(monkeypatch, 200, out, seed=2) == [0, 64, 128, 192]
     assert load(out).seed == 2
+    out.unlink()
+    assert _run_with_counting(monkeypatch, 200, out, fail_at=128) == [0, 64, 128]
+    monkeypatch.setattr(sys.modules["eqcvt.data.simulate"], "RENDERER", 0)
+    assert _run_with_counting(monkeypatch, 200, out) == [0, 64, 128, 192]
 
 
 def test_only_a_folder_that_is_there_may_have_an_ending(tmp_path):

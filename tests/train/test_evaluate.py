@@ -15,7 +15,7 @@ import eqcvt
 from eqcvt.data import LensingImages
 from eqcvt.train import evaluate, logits_over_angles, predict_logits
 from eqcvt.train.evaluate import rotate
-from eqcvt.train.metrics import classification
+from eqcvt.train.metrics import aucs, classification
 from tests.train.rings import SIZE, TINY, rings
 
 
@@ -108,6 +108,8 @@ def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
     logits = torch.zeros(5, 2)
     logits[1:3, 0] = value
     labels = torch.tensor([0, 1, 0, 1, 1])
+    with pytest.raises(ValueError, match="logits of 2 of 5 images are NaN or infinite"):
+        aucs(logits, labels)
     with pytest.raises(ValueError, match=r"logits of 2 of 5 images are NaN or infinite.* image 1"):
         classification(logits, labels, "ab")
     logits[1:3] = torch.tensor([-math.inf, 0])
