@@ -115,6 +115,7 @@ def test_the_table_of_the_demo_is_the_recorded_one() -> None:
             f"{100 * result['accuracy']:.1f} %",
             f"{result['auc'][-1]:.3f}",
             f"{rotation['std_45']:.2f}",
+            f"{rotation['std_22']:.2f}",
             f"{rotation['residual_group']:.1e}",
             f"{result['seconds']:.0f}",
         ]
