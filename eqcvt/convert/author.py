@@ -199,7 +199,7 @@ class AuthorModel(nn.Module):
 
 def _check_exportable(model: VisionModel) -> None:
     """Raise a ValueError if the published layout has no place for a setting."""
-    config, reasons = model.config, model.changed_norms()
+    config, reasons = model.config, model.changed_norms(eps=1e-5, momentum=0.1)
     if config["head_hidden"] is None:
         reasons.append("head_hidden=None")
     if config["num_classes"] == 0:

@@ -278,15 +278,15 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         names = {name for name, _ in self.named_parameters()}
         return {n for n in names if n in norms or n.rpartition(".")[2] == "bias"}
 
-    def changed_norms(self) -> list[str]:
-        """Name the norms' numbers that are not those every norm is built with."""
+    def changed_norms(self, **built: float) -> list[str]:
+        """Name the norms' numbers, such as ``eps``, that are not those they are built with."""
         norms = (BatchNorm, LayerNorm, nn.LayerNorm)
         return [
             f"{name}.{number}={value!r}"
             for name, module in self.named_modules()
             if isinstance(module, norms)
-            for number, built in (("eps", 1e-5), ("momentum", 0.1))
-            if (value := getattr(module, number, built)) != built
+            for number, expected in built.items()
+            if (value := getattr(module, number, expected)) != expected
         ]
 
     def save_pretrained(
@@ -301,14 +301,15 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
             push_to_hub: also upload it; further arguments go to ``huggingface_hub``.
 
         Raises:
-            ValueError: if a norm's ``eps`` or ``momentum`` was changed, unless the model is of a
-                class derived from ours with a constructor of its own. Nothing is written then.
+            ValueError: if a norm's ``eps`` was changed, unless the model is of a class derived from
+                ours with a constructor of its own. Nothing is written then. A changed ``momentum``,
+                which a trained model needs no more, is not kept.
         """
         # A derived class's own constructor may set them again.
         own = not type(self).__init__.__module__.startswith("eqcvt.models.")
-        if not own and (changed := self.changed_norms()):
+        if not own and (changed := self.changed_norms(eps=1e-5)):
             raise ValueError(
-                f"a saved model has norms of eps=1e-05 and momentum=0.1, got {', '.join(changed)}, "
+                f"a saved model has norms of eps=1e-05, got {', '.join(changed)}, "
                 f"which loading would not bring back: set them back, or save model.state_dict()"
             )
         folder = Path(save_directory)
