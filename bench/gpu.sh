@@ -14,8 +14,9 @@ cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-bench/results/session}
 PYTHON=${PYTHON:-.venv/bin/python}
 WORKERS=${WORKERS:-8}
-LAUNCHES=${LAUNCHES:-conv_attention_attend_bwd 16 D32 HELD=0,8,4 num_stages=2,3 --images 128 --images 16}
-declare -A limits=([launches]=110 [build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
+ONE_PASS="conv_attention_attend_bwd 16 D32 HELD=0,8,4 num_stages=2,3 --images 128 --images 16"
+LAUNCHES=${LAUNCHES:-$ONE_PASS --call model --call \"one filter, odd\"}
+declare -A limits=([launches]=130 [build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
 declare -A commands=(
   [launches]="$PYTHON -m bench.launch_times $LAUNCHES --jobs $WORKERS --ship --out \"\$OUT/launches.json\""
   [build]="EQCVT_NATIVE=1 EQCVT_CUDA=1 $PYTHON setup.py build_ext --inplace"
