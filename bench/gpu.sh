@@ -7,7 +7,8 @@
 #
 # The part launches compares launches of one kernel and ships the fastest before all else:
 #
-#   PARTS="launches bench" LAUNCHES="conv_attention_attend_bwd 16 D32 HELD=0,8,4" bench/gpu.sh
+#   PARTS="launches bench" bench/gpu.sh    # of attention's gradients in one pass
+#   PARTS="launches bench" LAUNCHES="lift_blur 16 any ROWS=4,8,16" bench/gpu.sh
 set -u
 cd "$(dirname "$0")/.." || exit 2
 

@@ -27,12 +27,12 @@ from eqcvt._files import replacing
 from eqcvt.kernels import launches
 from eqcvt.kernels.launches import Launch
 from eqcvt.ops import use_backend
-from eqcvt.tune import cases
+from eqcvt.tune import _TIMED, cases
 from eqcvt.tune.check import apart, tf32
 from eqcvt.tune.search import CudaTimer, Timer, decided, entries_used
 
-DTYPES = {16: torch.bfloat16, 32: torch.float32}
-PRECISIONS = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
+# What is timed and what is checked, by bits, as ``eqcvt tune`` does.
+BITS = {8 * dtype.itemsize: (dtype, precisions) for dtype, precisions in _TIMED.items()}
 
 
 class Row(NamedTuple):
@@ -66,7 +66,7 @@ def steps(op: str, entry: str, images: int, device: str) -> list[Callable[[], ob
     Raises:
         ValueError: if none does.
     """
-    x = torch.empty(0, dtype=DTYPES[int(entry.split(" ")[1])], device=device)
+    x = torch.empty(0, dtype=BITS[int(entry.split(" ")[1])][0], device=device)
     found, looked_up = [], set()
     for options, gradient in cases.TIMED[op]:
         shape = (images, *options["shape"][1:])
@@ -93,7 +93,7 @@ def compare(
 ) -> Iterator[Row]:
     """Check all launches, then time the right ones, the first once more at the end."""
     entry = key.partition(" ")[2]
-    precisions = PRECISIONS[int(entry.split(" ")[1])]
+    precisions = BITS[int(entry.split(" ")[1])][1]
     with ThreadPoolExecutor(jobs) as pool:
         verdicts = [[pool.submit(check, launch, p) for p in precisions] for launch in tried]
         reasons = [next((v.result() for v in each if v.result()), None) for each in verdicts]
@@ -138,7 +138,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kernel", help="as kernels/launches.json names it")
-    parser.add_argument("bits", type=int, choices=list(DTYPES), help="of the dtype")
+    parser.add_argument("bits", type=int, choices=list(BITS), help="of the dtype")
     parser.add_argument("shape", help="class of the shape, as in D32, K256 or any")
     parser.add_argument("fields", nargs="+", type=_field, help="FIELD=VALUE,VALUE,...")
     parser.add_argument(

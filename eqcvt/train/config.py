@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any
 
 import tomli_w
+import torch
 import yaml
 
 from eqcvt._check import AMP, amp_dtype, boolean, choice, fraction, integer, number, plain
@@ -23,7 +24,7 @@ from eqcvt.models import list_models
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
 SPLIT_SEED = 1337
-FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ours": {},

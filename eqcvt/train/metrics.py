@@ -1,4 +1,4 @@
-"""Classification metrics of logits: curves by counting, the others by torchmetrics."""
+"""Classification metrics of logits, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def aucs(logits: Tensor, labels: Tensor) -> list[float | None]:
     Raises:
         ValueError: where logits are NaN or infinite, so that they are no probabilities.
     """
+    from torchmetrics.functional.classification import binary_auroc
+
     _probabilities(logits)
-    counted = [_counts(logits, labels, k) for k in range(logits.shape[1])]
     return [
-        float(torch.trapezoid(right, wrong) / (right[-1] * wrong[-1]))
+        float(binary_auroc(_ranks(logits, k), (labels == k).long()))
         if _defined(labels, k)
         else None
-        for k, (wrong, right) in enumerate(counted)
+        for k in range(logits.shape[1])
     ]
 
 
@@ -102,30 +103,28 @@ def _defined(labels: Tensor, k: int) -> bool:
     return 0 < int((labels == k).sum()) < len(labels)
 
 
-def _counts(logits: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """How many images of other classes, and of ``k``, are taken for ``k`` as the threshold falls.
+def _ranks(logits: Tensor, k: int) -> Tensor:
+    """Scores in [0, 1) in the order in which images are taken for class ``k``, equal where tied.
 
-    It falls in log odds, z_k - log sum exp of the others: the probabilities of sure predictions
-    round to 1, and their order would be lost.
+    The order is that of the log odds, z_k - log sum exp of the others: the probabilities of sure
+    predictions round to 1, and their order would be lost.
     """
     z = logits.double()
     others = torch.cat([z[:, :k], z[:, k + 1 :]], dim=1)
-    levels, rank = torch.unique(z[:, k] - others.logsumexp(dim=1), return_inverse=True)
-    wrong, right = (
-        F.pad(torch.bincount(rank[part], minlength=len(levels)).flip(0).cumsum(0), (1, 0)).double()
-        for part in (labels != k, labels == k)
-    )
-    return wrong, right
+    rank: Tensor = torch.unique(z[:, k] - others.logsumexp(dim=1), return_inverse=True)[1]
+    return rank.double() / len(z)
 
 
 def _roc(logits: Tensor, labels: Tensor, k: int) -> dict[str, list[float]]:
     """The ROC curve's corners; points inside straight stretches are left out."""
+    from torchmetrics.functional.classification import binary_roc
+
     if not _defined(labels, k):
         return {"fpr": [], "tpr": []}
-    wrong, right = _counts(logits, labels, k)
-    x, y = wrong.diff(), right.diff()
+    belongs = (labels == k).long()
+    fpr, tpr, _ = binary_roc(_ranks(logits, k), belongs)
+    # By whole numbers of images, as the rates are rounded.
+    x = (fpr.double() * (1 - belongs).sum()).round().diff()
+    y = (tpr.double() * belongs.sum()).round().diff()
     keep = F.pad(x[1:] * y[:-1] != x[:-1] * y[1:], (1, 1), value=True)
-    return {
-        "fpr": (wrong[keep] / wrong[-1]).tolist(),
-        "tpr": (right[keep] / right[-1]).tolist(),
-    }
+    return {"fpr": fpr[keep].tolist(), "tpr": tpr[keep].tolist()}

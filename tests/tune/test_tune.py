@@ -284,7 +284,8 @@ def test_launches_are_tuned_for_every_precision_or_none(tmp_path: Path) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune one op on small tensors in one precision."""
-    _backend._unavailable("triton", "cpu")  # which loads the modules of all ops
+    for name in tune.BACKENDS:
+        _backend._unavailable(name, "cpu")  # which loads the modules of all ops, once
     options = {"shape": (1, 16, 3, 3), "hidden": 16}
     monkeypatch.setattr(cases, "CHECKED", {"mlp_block": {"small": options}})
     monkeypatch.setattr(cases, "TIMED", {"mlp_block": [(options, True)]})
