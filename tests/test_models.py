@@ -281,6 +281,32 @@ def test_meta_device_gives_shapes() -> None:
         assert EqCvT(image_size=33)(torch.rand(2, 3, 33, 33)).shape == (2, 2)
 
 
+@pytest.mark.parametrize("fill", ["load", "assign"])
+def test_models_of_the_meta_device_get_their_constants(fill: str) -> None:
+    settings = {"image_size": 33, "invariance": "exact", "lift_depth": 2}
+    model, x = _trained_looking(EqCvT(1, **settings)).eval(), torch.rand(2, 1, 33, 33)
+    with torch.device("meta"):
+        other = EqCvT(1, **settings).eval()
+    assert all(buffer.is_meta for buffer in other.buffers())
+    if fill == "load":
+        other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=fill == "assign")
+    assert torch.equal(other(x), model(x))
+
+
+def test_constants_are_exact_in_every_precision() -> None:
+    def constants(model: EqCvT) -> list[Tensor]:
+        return [b for n, b in model.named_buffers() if n.endswith(("basis", "mask", "blur"))]
+
+    model = EqCvT(image_size=33)
+    fresh = constants(copy.deepcopy(model))
+    assert [len(fresh), fresh[0].dtype] == [3, torch.float32]
+    for one, other in zip(constants(model.bfloat16().float()), fresh, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(constants(model.double()), fresh, strict=True):
+        assert 0 < (one - other).abs().max() < 1e-7
+
+
 def test_cvt_refuses_images_that_leave_no_tokens() -> None:
     stages = [Stage(dim=8, embed_kernel=7, embed_stride=4, embed_padding=0)]
     with pytest.raises(ValueError, match="image_size=5 leaves no tokens for stage 1"):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from eqcvt.groups import Group, orbit_basis
+from eqcvt.nn.constants import Constants
 
 
-class Filters(nn.Module):
+class Filters(Constants):
     """Convolution filters ``[out, in, k, k]``, free or constant on the pixel orbits of a group.
 
     Free filters are stored as they are; symmetric ones as one weight per orbit (3 for a 3x3 filter
@@ -30,19 +31,19 @@ class Filters(nn.Module):
         self, out_channels: int, in_channels: int, kernel_size: int, symmetry: Group | None = None
     ) -> None:
         super().__init__()
-        self.symmetry = symmetry
+        self.symmetry, self.kernel_size = symmetry, kernel_size
         # The same bound as torch.nn.Conv2d's default, so that both kinds start alike.
         bound = 1 / math.sqrt(in_channels * kernel_size**2)
-        shape: tuple[int, ...] = (kernel_size, kernel_size)
-        if symmetry is None:
-            self.orbits = None
-        else:
-            orbits = orbit_basis(symmetry, kernel_size)
-            self.register_buffer("orbits", orbits.to(torch.get_default_dtype()), persistent=False)
-            shape = orbits.shape[:1]
+        self.register_constants(torch.get_default_device(), torch.get_default_dtype())
+        shape = (kernel_size, kernel_size) if self.orbits is None else self.orbits.shape[:1]
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels, *shape).uniform_(-bound, bound)
         )
+
+    def constants(self) -> dict[str, Tensor | None]:
+        if self.symmetry is None:
+            return {"orbits": None}
+        return {"orbits": orbit_basis(self.symmetry, self.kernel_size)}
 
     def forward(self) -> Tensor:
         """Return the filters ``[out, in, k, k]``."""

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from eqcvt import groups, ops
+from eqcvt.nn.constants import Constants
 from eqcvt.nn.norm import BatchNorm
 from eqcvt.nn.parts import check_parts
 
 
-class SteerableLift(nn.Module):
+class SteerableLift(Constants):
     """Steerable convolution, inner batch norm, ReLU, and optionally mask, blur and group pooling.
 
     Reads scalar images (``regular=False``) or regular fields (``regular=True``), see
@@ -58,25 +59,28 @@ class SteerableLift(nn.Module):
         self.group = groups.Group.from_name(group)
         self.fields, self.regular = fields, regular
         self.stride, self.padding, self.blur_stride, self.pool = stride, padding, blur_stride, pool
+        self.kernel_size, self.blur_sigma = kernel_size, blur_sigma
+        self.mask_size, self.mask_margin, self.mask_sigma = mask_size, mask_margin, mask_sigma
         dtype = torch.get_default_dtype()
         if regular:
-            basis = groups.regular_basis(self.group, kernel_size)
             covariance = groups.regular_covariance(self.group, kernel_size, in_channels)
             scale = torch.linalg.cholesky(covariance).T
         else:
-            basis = groups.lifting_basis(self.group, kernel_size)
             scale = groups.lifting_std(self.group, kernel_size, in_channels).diag()
-        constants = {
-            "basis": basis,
-            "mask": None
-            if mask_size is None
-            else ops.circular_mask(mask_size, margin=mask_margin, sigma=mask_sigma),
-            "blur": None if blur_sigma is None else ops.blur_line(blur_sigma),
-        }
-        for name, value in constants.items():
-            self.register_buffer(name, None if value is None else value.to(dtype), persistent=False)
-        self.weight = nn.Parameter(torch.randn(fields, in_channels, len(basis)) @ scale.to(dtype))
+        self.register_constants(torch.get_default_device(), dtype)
+        self.weight = nn.Parameter(torch.randn(fields, in_channels, len(scale)) @ scale.to(dtype))
         self.norm = BatchNorm(fields)
+
+    def constants(self) -> dict[str, Tensor | None]:
+        make_basis = groups.regular_basis if self.regular else groups.lifting_basis
+        size, sigma = self.mask_size, self.blur_sigma
+        return {
+            "basis": make_basis(self.group, self.kernel_size),
+            "mask": None
+            if size is None
+            else ops.circular_mask(size, margin=self.mask_margin, sigma=self.mask_sigma),
+            "blur": None if sigma is None else ops.blur_line(sigma),
+        }
 
     def bank(self) -> Tensor:
         """Return the bank of turned filters ``[F, G, C, k, k]``, in the weights' own precision."""

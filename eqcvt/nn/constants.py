@@ -1,0 +1,51 @@
+"""Tensors that are made, not learned: filter bases, masks, blur windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Constants(nn.Module):
+    """A module with constants: buffers outside of the state dict, always exact in their dtype.
+
+    ``.bfloat16().float()`` gives float32 constants, not what was left of them in bfloat16, and a
+    module from the ``meta`` device has them as soon as ``to_empty`` or
+    ``load_state_dict(assign=True)`` gives it memory.
+    """
+
+    def constants(self) -> dict[str, Tensor | None]:
+        """Return the constants by name, in float64."""
+        raise NotImplementedError
+
+    def register_constants(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the constants and register them as buffers."""
+        with torch.device("cpu"):  # the meta device has no values
+            constants = self.constants()
+        for name, value in constants.items():
+            placed = None if value is None else value.to(device, dtype)
+            self.register_buffer(name, placed, persistent=False)
+
+    def _held(self) -> dict[str, Tensor]:
+        outside = self._non_persistent_buffers_set
+        return {k: v for k, v in self._buffers.items() if k in outside and v is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self._held()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in self._held().items():
+            if value is not before[name]:
+                self.register_constants(value.device, value.dtype)
+                break
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        parameter = next(self.parameters())
+        for value in self._held().values():
+            if value.is_meta and not parameter.is_meta:
+                self.register_constants(parameter.device, value.dtype)
+                break
