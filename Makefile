@@ -18,7 +18,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test gpu-test gpu-session sanitize lint bench paper format clean
+.PHONY: help demo test gpu-test gpu-session sanitize races lint bench paper format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ gpu-test: $(VENV)/.ready-test  ## run the tests that need a GPU, and fail where 
 
 sanitize: $(VENV)/.ready-test  ## run the GPU kernels under compute-sanitizer; the record goes to bench/results/
 	$(BIN)/python -m bench.sanitize $(ARGS)
+
+races: $(VENV)/.ready-test  ## look for races in the CUDA kernels, emulated on the CPU: minutes, no GPU
+	$(BIN)/python -m tests.native.cuda_emulator thread $(ARGS)
 
 gpu-session: $(VENV)/.ready-test  ## on a machine with a GPU: build, test, check, tune, time, sanitize
 	PYTHON=$(BIN)/python bench/gpu.sh

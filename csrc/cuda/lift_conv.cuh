@@ -171,8 +171,11 @@ template <class T> __device__ void stage_weights(const Shared<T>& s, const Conv&
         const int k = task % cells;
         const int c = k / conv.cells<T>(), i = k / across % conv.kh, j = k % across * kValues<T>;
         const bool half = j + kValues<T> > conv.kw;
-        s.terms[k] = k < used ? Term{(c * plan.height + i) * plan.width + j, half ? 0xffffu : ~0u}
-                              : Term{0, 0};
+        if (task < cells) {
+            s.terms[k] = k < used
+                             ? Term{(c * plan.height + i) * plan.width + j, half ? 0xffffu : ~0u}
+                             : Term{0, 0};
+        }
         const float* tap = conv.bank + (first + c) * conv.channel + i * conv.line + j * conv.column;
         for (int r = task / cells; r < filters; r += strands) {
             Pack<T, kValues<T>> values;

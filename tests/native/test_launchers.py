@@ -82,13 +82,17 @@ def test_random_shapes_stay_inside_their_memory(tmp_path: Path, isa: str) -> Non
     assert 4 * int(match[1]) < int(match[2]), said
 
 
-def test_the_threads_have_no_race(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["parallel", "launchers"])
+def test_the_threads_have_no_race(tmp_path: Path, what: str) -> None:
+    sources = [CSRC / "cpu" / "parallel.cpp"]
+    if what == "launchers":
+        sources = sorted((CSRC / "cpu").glob("*.cpp"))
     program = compiled(
         tmp_path,
-        [HERE / "test_parallel.cpp", CSRC / "cpu" / "parallel.cpp"],
-        *("-fsanitize=thread", "-O1"),
+        [HERE / f"test_{what}.cpp", *sources],
+        *("-fsanitize=thread", "-O1", "-DEQCVT_ISA=portable"),
     )
-    run = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    run = subprocess.run([str(program), "1", "10"], capture_output=True, text=True, check=False)
     if "unexpected memory mapping" in run.stderr:
         pytest.skip("this thread sanitizer does not know the kernel's layout of memory")
     assert run.returncode == 0, run.stderr[:6000]

@@ -15,7 +15,13 @@ CUDA = HERE.parents[2] / "csrc" / "cuda"
 NOWHERE = 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-SANITIZE = ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
+ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
+# The runtime of each sanitizer, and what makes it run beside Python.
+RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+OPTIONS = {
+    "address": {"ASAN_OPTIONS": "detect_leaks=0"},
+    "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66"},
+}
 
 
 class Emulated:
@@ -56,20 +62,28 @@ def _argument(value: Tensor | int | float | None) -> object:
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
-def build(folder: Path, *sources: Path, address_sanitizer: bool | None = None) -> Path:
+def build(folder: Path, *sources: Path, sanitizer: str | None = None) -> Path:
     """Compile sources to a library in ``folder``; it takes the place of the CUDA build in tests.
 
-    AddressSanitizer is built in where it is preloaded, as a library that uses it demands:
-    ``LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 pytest ..``
+    A sanitizer, ``address`` or ``thread``, is built in where it is preloaded, as a library that
+    uses it demands; see ``preload``.
     """
-    if address_sanitizer is None:
-        address_sanitizer = "libasan" in os.environ.get("LD_PRELOAD", "")
-    library = folder / f"{sources[0].stem}{'_asan' * address_sanitizer}.so"
-    extra = ["-fsanitize=address"] if address_sanitizer else []
-    command = ["g++", *FLAGS, *SANITIZE, *extra, "-DEQCVT_EMULATE", '-DEQCVT_API=extern "C"']
+    if sanitizer is None:
+        loaded = os.environ.get("LD_PRELOAD", "")
+        sanitizer = next((kind for kind, name in RUNTIMES.items() if name in loaded), None)
+    library = folder / f"{sources[0].stem}_{sanitizer}.so"
+    extra = [] if sanitizer is None else [f"-fsanitize={sanitizer}", "-g1"]
+    command = ["g++", *FLAGS, *ALIGNMENT, *extra, "-DEQCVT_EMULATE", '-DEQCVT_API=extern "C"']
     command += ["-include", str(HERE / "emulate.h"), "-x", "c++", *map(str, sources)]
     subprocess.run([*command, "-o", str(library)], check=True)
     return library
+
+
+def preload(sanitizer: str) -> dict[str, str]:
+    """Return the environment in which libraries with a sanitizer load."""
+    query = ["g++", f"-print-file-name={RUNTIMES[sanitizer]}"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    return {"LD_PRELOAD": found, **OPTIONS[sanitizer]}
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

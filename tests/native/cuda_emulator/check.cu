@@ -26,13 +26,17 @@ __global__ void product_kernel(const T* a, const T* b, float* c, int rows_are_co
     for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// Turns the 64 values of each block around; `barrier` says which barrier is forgotten.
+// Turns the 64 values of each block around; `barrier` says which barrier is forgotten. 3: those of
+// each half, for which a warp's barrier is enough, and 4: a shuffle instead is not.
 __global__ void reverse_kernel(float* x, int barrier) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     shared[threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x];
     if (barrier == 0) __syncthreads();
     if (barrier == 1 && threadIdx.x < 32) __syncthreads();
-    x[blockIdx.x * 64 + threadIdx.x] = shared[63 - threadIdx.x];
+    if (barrier == 3) __syncwarp();
+    if (barrier == 4) __shfl_sync(~0u, 0, 0);
+    const unsigned last = barrier < 3 ? 63 : 31 + threadIdx.x / 32 * 64;
+    x[blockIdx.x * 64 + threadIdx.x] = shared[last - threadIdx.x];
 }
 
 __global__ void words_kernel(Dropout dropout, int64_t start, float* out) {

@@ -11,9 +11,11 @@
 // - shared memory past its end: it is allocated to the byte, for AddressSanitizer;
 // - an asynchronous copy that is not waited for, or that overwrites what is still read: its bytes
 //   arrive at the wait, or in odd orders at once;
-// - a misaligned vector access: by -fsanitize=alignment.
+// - a misaligned vector access: by -fsanitize=alignment;
+// - a race, of shared or global memory: by ThreadSanitizer, for which each thread of a block is a
+//   thread, ordered with others by launches, barriers and nothing else (not by a shuffle).
 // What it cannot show: speed, bank conflicts, the rounding of the device's own exp2, rsqrt and
-// matrix unit, and a warp whose lanes rely on a shuffle to order memory.
+// matrix unit.
 #pragma once
 
 #include <limits.h>
@@ -34,6 +36,22 @@
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
+#endif
+
+#ifdef __SANITIZE_THREAD__
+// For functions that end, or go on, as another thread than they began as.
+#define EMULATE_UNSEEN __attribute__((no_sanitize("thread")))
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* at);
+void __tsan_release(void* at);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
+}
+#else
+#define EMULATE_UNSEEN
 #endif
 
 #define __global__
@@ -112,6 +130,32 @@ inline __half __float2half_rn(float x) {
 
 namespace emulate {
 
+// What ThreadSanitizer is told. An `acquire` of a place comes after all that came before each
+// `release` of it; the emulator's own memory, touched while an `Ignored` lives, is not watched.
+namespace tsan {
+#ifdef __SANITIZE_THREAD__
+constexpr unsigned kNoOrder = 1; // a switch of fibers orders nothing
+inline void acquire(void* at) { __tsan_acquire(at); }
+inline void release(void* at) { __tsan_release(at); }
+inline void* self() { return __tsan_get_current_fiber(); }
+inline void* create() { return __tsan_create_fiber(0); }
+EMULATE_UNSEEN inline void enter(void* fiber) { __tsan_switch_to_fiber(fiber, kNoOrder); }
+struct Ignored {
+    Ignored() { __tsan_ignore_thread_begin(); }
+    ~Ignored() { __tsan_ignore_thread_end(); }
+};
+#else
+inline void acquire(void*) {}
+inline void release(void*) {}
+inline void* self() { return nullptr; }
+inline void* create() { return nullptr; }
+inline void enter(void*) {}
+struct Ignored {
+    Ignored() {}
+};
+#endif
+} // namespace tsan
+
 // What a fiber waits for. Lanes of a warp must wait for the same thing.
 enum Wait { RUNNING, BLOCK, SYNCWARP, SHUFFLE, MMA, MATRICES, ENDED };
 
@@ -126,7 +170,7 @@ struct Fiber {
     uint3 thread;
     int index;
     Wait wait;
-    unsigned exchanges;
+    unsigned exchanges, barriers, warp_barriers;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
 };
@@ -140,9 +184,13 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<std::array<std::array<unsigned char, kWarp * kSlot>, 2>> slots; // of each warp
     std::unique_ptr<unsigned char[]> shared;
+    std::unique_ptr<int64_t[]> barriers; // two in turn of the block, and of each warp
     std::function<void()> body;
     Fiber* current;
     ucontext_t scheduler;
+    void* scheduler_thread;
+    std::vector<void*> fiber_threads;
+    char launched, done; // places that order the threads of tsan
     const void* scheduler_stack;
     size_t scheduler_stack_size;
 };
@@ -158,7 +206,7 @@ inline int order; // 0: as numbered, 1: backwards, else: shuffled with this seed
 }
 
 // Leaves the fiber until the scheduler has let it go on.
-inline void wait(Wait what) {
+EMULATE_UNSEEN inline void wait(Wait what) {
     Fiber* self = block.current;
     self->wait = what;
 #ifdef __SANITIZE_ADDRESS__
@@ -166,17 +214,31 @@ inline void wait(Wait what) {
     __sanitizer_start_switch_fiber(what == ENDED ? nullptr : &saved, block.scheduler_stack,
                                    block.scheduler_stack_size);
 #endif
+    tsan::enter(block.scheduler_thread);
     swapcontext(&self->context, &block.scheduler);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
 #endif
 }
 
-inline void fiber_main() {
+// As wait(): for the threads of __syncthreads() or __syncwarp() memory is in order too.
+inline void barrier(Wait what) {
+    Fiber* self = block.current;
+    const int of_warp = 2 + 2 * (self->index / kWarp);
+    int64_t* place = &block.barriers[what == BLOCK ? self->barriers++ & 1
+                                                   : of_warp + (self->warp_barriers++ & 1)];
+    tsan::release(place);
+    wait(what);
+    tsan::acquire(place);
+}
+
+EMULATE_UNSEEN inline void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
 #endif
+    tsan::acquire(&block.launched);
     block.body();
+    tsan::release(&block.done);
     if (!block.current->open.empty() || !block.current->groups.empty()) {
         fail("a thread ended before its asynchronous copies");
     }
@@ -189,6 +251,7 @@ inline void resume(Fiber& fiber) {
     void* saved = nullptr;
     __sanitizer_start_switch_fiber(&saved, fiber.stack, kStack);
 #endif
+    tsan::enter(block.fiber_threads[fiber.index]);
     swapcontext(&block.scheduler, &fiber.context);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
@@ -239,6 +302,7 @@ inline void prepare(Fiber& fiber, int index, uint3 thread, unsigned char* memory
 
 // Runs `body` once for every thread of every block.
 inline void run(dim3 grid, dim3 threads, int64_t shared, std::function<void()> body) {
+    const tsan::Ignored ignored;
     const int count = static_cast<int>(threads.x * threads.y * threads.z);
     if (count % kWarp != 0 || count > 1024) fail("a block is 1 to 32 whole warps here");
     if (shared > 227 * 1024) fail("more shared memory than any device has");
@@ -250,6 +314,11 @@ inline void run(dim3 grid, dim3 threads, int64_t shared, std::function<void()> b
     block.grid = grid;
     block.threads = threads;
     block.body = std::move(body);
+    block.scheduler_thread = tsan::self();
+    while (static_cast<int>(block.fiber_threads.size()) < count) {
+        block.fiber_threads.push_back(tsan::create());
+    }
+    tsan::release(&block.launched);
     for (int64_t n = 0; n < blocks; ++n) {
         const int64_t i = order == 0 ? n : blocks - 1 - n;
         block.index = {static_cast<unsigned>(i % grid.x),
@@ -258,6 +327,7 @@ inline void run(dim3 grid, dim3 threads, int64_t shared, std::function<void()> b
         block.slots.resize(count / kWarp);
         block.shared.reset(new unsigned char[shared]);
         memset(block.shared.get(), 0xff, shared);
+        block.barriers.reset(new int64_t[2 + 2 * (count / kWarp)]);
         block.fibers.assign(count, Fiber());
         for (int j = 0; j < count; ++j) {
             const unsigned u = static_cast<unsigned>(j);
@@ -268,6 +338,8 @@ inline void run(dim3 grid, dim3 threads, int64_t shared, std::function<void()> b
         run_block(random);
     }
     block.shared.reset();
+    block.barriers.reset();
+    tsan::acquire(&block.done);
 }
 
 inline unsigned char* shared_memory() { return block.shared.get(); }
@@ -277,6 +349,7 @@ inline int lane() { return block.current->index % kWarp; }
 // more than one exchange ahead of another.
 template <class V> const V* exchange(const V& mine, Wait what) {
     static_assert(sizeof(V) <= kSlot, "a value fits its slot");
+    const tsan::Ignored ignored;
     Fiber* self = block.current;
     V* values =
         reinterpret_cast<V*>(block.slots[self->index / kWarp][self->exchanges++ & 1].data());
@@ -310,9 +383,12 @@ template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_
     }
 }
 
+// Each lane reads the row whose address it gives, when it comes: lanes that have yet to write to it
+// are not waited for.
 template <bool TRANSPOSED> void load_matrices(uint32_t (&r)[4], const void* row) {
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: misaligned row");
-    const uint16_t* const* rows = exchange(static_cast<const uint16_t*>(row), MATRICES);
+    const auto mine = *static_cast<const std::array<uint16_t, 8>*>(row);
+    const auto* rows = exchange(mine, MATRICES);
     const int g = lane() / 4, t = lane() % 4;
     for (int i = 0; i < 4; ++i) {
         const uint32_t low = TRANSPOSED ? rows[8 * i + 2 * t][g] : rows[8 * i + g][2 * t];
@@ -353,10 +429,10 @@ inline void whole_warp(unsigned mask) {
 #define blockDim (emulate::block.threads)
 #define gridDim (emulate::block.grid)
 
-inline void __syncthreads() { emulate::wait(emulate::BLOCK); }
+inline void __syncthreads() { emulate::barrier(emulate::BLOCK); }
 inline void __syncwarp(unsigned mask = ~0u) {
     emulate::whole_warp(mask);
-    emulate::wait(emulate::SYNCWARP);
+    emulate::barrier(emulate::SYNCWARP);
 }
 template <class V> V __shfl_sync(unsigned mask, V value, int source) {
     emulate::whole_warp(mask);

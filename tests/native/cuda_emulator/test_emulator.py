@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.native.cuda_emulator import DTYPES, HERE, build
+from tests.native.cuda_emulator import DTYPES, HERE, build, preload
 from tests.ops.primitives import keep, philox
 
 REVERSE = """
@@ -82,14 +82,25 @@ def test_a_barrier_for_some_threads_ends_the_process(path: Path) -> None:
 
 
 def test_address_sanitizer_sees_the_end_of_shared_memory(tmp_path: Path) -> None:
-    path = build(tmp_path, HERE / "check.cu", address_sanitizer=True)
-    query = ["g++", "-print-file-name=libasan.so"]
-    asan = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    environment = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"}
-    assert _run(path, 0, 256, **environment).returncode == 0
-    result = _run(path, 0, 252, **environment)
+    path = build(tmp_path, HERE / "check.cu", sanitizer="address")
+    assert _run(path, 0, 256, **preload("address")).returncode == 0
+    result = _run(path, 0, 252, **preload("address"))
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
+
+
+def test_thread_sanitizer_sees_a_missing_barrier(tmp_path: Path) -> None:
+    path = build(tmp_path, HERE / "check.cu", sanitizer="thread")
+    environment = preload("thread")
+    if "unexpected memory mapping" in _run(path, 0, 256, **environment).stderr:
+        pytest.skip("this thread sanitizer does not know the kernel's layout of memory")
+    for barrier in (0, 3):
+        whole = _run(path, barrier, 256, **environment)
+        assert (whole.returncode, whole.stderr) == (0, "")
+    for forgotten in (2, 4):
+        result = _run(path, forgotten, 256, **environment)
+        assert result.returncode == 66
+        assert "data race" in result.stderr
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 2**34 - 5])
