@@ -1,13 +1,13 @@
 """The operations of the model: one file each, with its mathematics and plain reference."""
 
 from eqcvt.ops._backend import CannotServe, current_backend, explain, use_backend
+from eqcvt.ops._sizes import conv_size
 from eqcvt.ops.conv_attention import Depthwise, Norm, Pointwise, attention_weights, conv_attention
 from eqcvt.ops.lift import (
     blur_kernel,
     blur_line,
     blur_pool2d,
     circular_mask,
-    conv_size,
     filter_bank,
     group_pool,
     lift,

@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from eqcvt.ops._register import define, zeros_if_none
+from eqcvt.ops._sizes import conv_size
 
 
 def _sizes(x: Tensor, kernel: int, kv_stride: int) -> tuple[int, int]:
     """Return the numbers of queries and keys."""
     height, width = x.shape[-2:]
-    reach = 2 * (kernel // 2) - kernel
-    keys = [(n + reach) // kv_stride + 1 for n in (height, width)]
-    return height * width, keys[0] * keys[1]
+    rows, columns = (conv_size(n, kernel, kv_stride, kernel // 2) for n in (height, width))
+    return height * width, rows * columns
 
 
 def _project_fake(

@@ -19,7 +19,7 @@ from torch import Tensor
 from eqcvt._check import shapes
 from eqcvt.ops import _backend
 from eqcvt.ops._register import as_autocast, autocast, define, parameter, parameter_dtype
-from eqcvt.ops.lift import conv_size
+from eqcvt.ops._sizes import conv_size
 from eqcvt.ops.norm import layer_norm
 
 
