@@ -7,7 +7,6 @@ EQCVT_AOT leaves all but some ops and precisions out: ``"lift mlp_block bfloat16
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,11 +15,9 @@ from unittest import mock
 import torch
 
 from eqcvt.kernels import common, launches
-from eqcvt.ops import CannotServe, _backend, _proof, use_backend
+from eqcvt.ops import CannotServe, _backend, _conv_attention_fused, _proof, use_backend
 from eqcvt.tune import cases
 from eqcvt.tune.check import _PRECISIONS, tf32
-
-ATTENTION = importlib.import_module("eqcvt.ops.conv_attention")  # behind the function of its name
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -45,7 +42,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                             use_backend("triton"),
                             tf32(switch),
                             mock.patch.dict(_backend._REASONS, triton=lambda device: None),
-                            mock.patch.object(ATTENTION, "UNFOLDED_PAYS", {"cpu"}),
+                            mock.patch.object(_conv_attention_fused, "UNFOLDED_PAYS", {"cpu"}),
                             mock.patch.object(common, "interpreted", return_value=True),
                             mock.patch.object(launches, "INTERPRETER", 10 * major + minor),
                             suppress(CannotServe),

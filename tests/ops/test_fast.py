@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,12 +10,11 @@ from torch import Tensor
 from torch.library import opcheck
 
 from eqcvt import ops, use_backend
-from eqcvt.ops import _backend
+from eqcvt.ops import _backend, _conv_attention_fused
 from eqcvt.tune.cases import CALLS, mlp_block, results
 from tests.tolerance import assert_as_good, of_other_strides
 
 pytestmark = pytest.mark.needs("native")
-ATTENTION = import_module("eqcvt.ops.conv_attention")
 OPS = ("lift", "conv_attention", "mlp_block", "token_embed")
 
 
@@ -264,7 +262,7 @@ def test_a_second_derivative_is_refused() -> None:
 def test_attention_without_folding_is_as_good_as_the_reference(
     training: bool, values: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ATTENTION, "UNFOLDED_PAYS", {"cpu"})
+    monkeypatch.setattr(_conv_attention_fused, "UNFOLDED_PAYS", {"cpu"})
     torch.manual_seed(1)
     options = {"shape": (2, 64, 7, 9), "head_dim": 32, "values": values}
     call, inputs = CALLS["conv_attention"](training, **options)
@@ -279,7 +277,7 @@ def test_attention_without_folding_is_as_good_as_the_reference(
 
 
 def test_heads_of_queries_and_values_may_differ_in_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ATTENTION, "UNFOLDED_PAYS", {"cpu"})
+    monkeypatch.setattr(_conv_attention_fused, "UNFOLDED_PAYS", {"cpu"})
     x = torch.randn(2, 16, 5, 5)
     p = ops.Depthwise(torch.randn(16, 1, 3, 3), torch.ones(16), torch.zeros(16), None)
     w = ops.Pointwise(*(torch.randn(n, 16) for n in (32, 32, 48)), torch.randn(16, 48))
