@@ -133,11 +133,6 @@ _fold_backward_op = define(
 )
 
 
-def _fold_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    ctx.options = keyword_only_inputs
-    ctx.save_for_backward(*inputs)
-
-
 def _fold_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     found = _fold_backward_op(*gradients, *inputs, **ctx.options)
@@ -153,7 +148,6 @@ fold = define(
     "fold",
     f"({_PARAMETERS}) -> ({', '.join(['Tensor'] * 6)})",
     _fold_fake,
-    setup_context=_fold_context,
     backward=_fold_backward,
 )
 

@@ -112,11 +112,6 @@ _norm_backward_op = define(
 )
 
 
-def _norm_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    ctx.options = keyword_only_inputs
-    ctx.save_for_backward(*inputs)
-
-
 def _norm_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
     inputs = ctx.saved_tensors
     found = _norm_backward_op(*gradients, *inputs, **ctx.options)
@@ -128,7 +123,6 @@ norm = define(
     "norm",
     "(Tensor mean, Tensor variance, Tensor weight, Tensor bias, *, float eps) -> (Tensor, Tensor)",
     lambda mean, *_, **__: (mean.new_empty(mean.shape), mean.new_empty(mean.shape)),
-    setup_context=_norm_context,
     backward=_norm_backward,
 )
 

@@ -17,13 +17,19 @@ from eqcvt.ops import _backend
 _library: Any = torch.library.Library("eqcvt", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
+def _keep_inputs(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    """Keep all inputs and the options for the gradient."""
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs)
+
+
 def define(
     op: str,
     function: str,
     schema: str,
     fake: Callable[..., Any],
     *,
-    setup_context: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] = _keep_inputs,
     backward: Callable[..., Any] | None = None,
 ) -> Any:
     """Register ``eqcvt::<op>_<function>`` and return it.
@@ -34,7 +40,8 @@ def define(
         schema: its arguments and results as torch writes them, ``backend`` left out; what stands
             behind ``*`` is passed to the function by name.
         fake: makes empty results from the same arguments.
-        setup_context: keeps what the gradient needs, as in :func:`torch.library.register_autograd`.
+        setup_context: keeps what the gradient needs, as in :func:`torch.library.register_autograd`;
+            by default all inputs.
         backward: the gradient.
     """
     name = f"{op}_{function}"
@@ -71,7 +78,7 @@ def define(
 
 
 def _derivative(
-    op: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any] | None
+    op: Any, setup_context: Callable[..., None], backward: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     """Return what ``op`` does where autograd looks on.
 
@@ -85,7 +92,7 @@ def _derivative(
             *inputs, options = args
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*inputs, **options)
-            if setup_context is not None:
+            if backward is not None:
                 setup_context(ctx, inputs, options, output)
             return output
 

@@ -119,11 +119,6 @@ _mlp_block_backward = define(
 )
 
 
-def _context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    ctx.options = keyword_only_inputs
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if dy.stride(1) == 0:  # behind a mean over tokens, all of an image have the same
         dy = dy[:, :1]
@@ -136,7 +131,6 @@ _mlp_block_forward = define(
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
     " Tensor seed, *, float dropout, float eps) -> Tensor",
     lambda x, *_, **__: x.new_empty(x.shape),
-    setup_context=_context,
     backward=_backward,
 )
 

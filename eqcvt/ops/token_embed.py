@@ -131,11 +131,6 @@ _token_embed_backward = define(
 )
 
 
-def _context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    ctx.options = keyword_only_inputs
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[0]
     dx, *parameters = _token_embed_backward(
@@ -150,7 +145,6 @@ _token_embed_forward = define(
     "(Tensor x, Tensor filters, Tensor bias, Tensor norm_weight, Tensor norm_bias, *,"
     " int stride, int padding, float eps) -> Tensor",
     _forward_fake,
-    setup_context=_context,
     backward=_backward,
 )
 
