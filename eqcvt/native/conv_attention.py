@@ -29,18 +29,12 @@ def supports(x: Tensor, filters: Tensor, *, heads: int, kv_stride: int) -> str |
         return reason
     if not WIDTHS[0] <= x.shape[1] <= WIDTHS[-1]:
         return f"{x.shape[1]} channels are not between {WIDTHS[0]} and {WIDTHS[-1]}"
-    if filters.shape[-1] % 2 == 0 or filters.shape[-1] != filters.shape[-2]:
-        return f"filters of {list(filters.shape[-2:])} are not odd squares"
     widest = MAX_FILTER[x.device.type]
     if filters.shape[-1] > widest:
         return f"filters of {filters.shape[-1]} pixels are wider than {widest}"
     if min(heads, kv_stride, *x.shape[2:]) < 1:
         return f"{heads} heads, stride {kv_stride} and image {list(x.shape[2:])} must be positive"
     return None
-
-
-def _parameters(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -70,7 +64,7 @@ def project(
     a = x.new_empty(B, H * W, D)
     b = x.new_empty(B, keys, D)
     c = x.new_empty(b.shape if v is not None else (0,))
-    mean = x.new_empty(statistics, dtype=_parameters(x))
+    mean = x.new_empty(statistics, dtype=torch.promote_types(x.dtype, torch.float32))
     variance = torch.empty_like(mean)
     launch(
         "conv_attention_project",

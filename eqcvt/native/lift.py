@@ -34,8 +34,6 @@ def supports(
         return reason
     if bank.shape[1] > LARGEST_GROUP:
         return f"a group of {bank.shape[1]} elements is larger than {LARGEST_GROUP}"
-    if blur is not None and blur.shape[-1] % 2 == 0:
-        return f"the blur has an even size, {blur.shape[-1]}"
     if x.device.type == "cuda":
         if bank.shape[-1] > LARGEST_FILTER:
             return f"filters of {bank.shape[-1]} pixels are wider than {LARGEST_FILTER}"
@@ -65,7 +63,7 @@ def moments(
     Args:
         x: ``[B, C, H, W]``.
         bank: ``[F, G, C, k, k]``, dtype of parameters.
-        mask: ``[H, W]``, multiplied onto ``x``, or None.
+        mask: ``[H, W]``, multiplied onto ``x``, of the dtype of ``bank``, or None.
         stride: step of the convolution.
         padding: zeros added on each side.
         correlate: whether to return the last two; else they are empty.
@@ -78,7 +76,7 @@ def moments(
     mean, variance = bank.new_empty(fields), bank.new_empty(fields)
     ux = torch.empty_like(bank) if correlate else bank.new_empty(0)
     ones_x = bank.new_empty(bank.shape[2:] if correlate else 0)
-    x, mask = x.contiguous(), _parameter(mask, bank)
+    x = x.contiguous()
     sizes = _sizes(x, bank)
     launch(
         "lift_moments",
@@ -100,7 +98,7 @@ def moments_input(
     padding: int,
 ) -> Tensor:
     """Return the gradient by ``x`` of the sum of ``c1[f] u + c2[f] u^2 / 2``."""
-    x, mask = x.contiguous(), _parameter(mask, bank)
+    x = x.contiguous()
     dx = torch.empty_like(x)
     sizes = _sizes(x, bank)
     launch("lift_moments_input", x, bank, mask, c1, c2, *sizes, stride, padding, dx, like=x)
@@ -125,10 +123,10 @@ def apply(
     Args:
         x: ``[B, C, H, W]``.
         bank: ``[F, G, C, k, k]``, dtype of parameters.
-        mask: ``[H, W]``, multiplied onto ``x``, or None.
+        mask: ``[H, W]``, multiplied onto ``x``, of the dtype of ``bank``, or None.
         scale: ``[F]``.
         shift: ``[F]``.
-        blur: ``[kb]``, the weights along each axis, or None.
+        blur: ``[kb]``, the weights along each axis, of that dtype too, or None.
         stride: step of the convolution.
         padding: zeros added on each side.
         blur_stride: step of the blur.
@@ -138,7 +136,7 @@ def apply(
         ``y`` and uint8 ``arg``, both ``[B, F, H3, W3]``; without ``pool``, ``[B, F, G, H3, W3]``
         and an empty tensor.
     """
-    x, mask, blur = x.contiguous(), _parameter(mask, bank), _parameter(blur, bank)
+    x = x.contiguous()
     batch, fields, group = x.shape[0], bank.shape[0], bank.shape[1]
     kernel, blur_size = bank.shape[-1], 1 if blur is None else blur.shape[0]
     size = [(n + 2 * padding - kernel) // stride + 1 for n in x.shape[-2:]]
@@ -180,7 +178,6 @@ def apply_backward(
         input_gradient: whether to return the last one; else it is empty.
     """
     x, dy = x.contiguous(), dy.contiguous()
-    mask, blur = _parameter(mask, bank), _parameter(blur, bank)
     dbank, dscale, dshift = torch.empty_like(bank), torch.empty_like(scale), torch.empty_like(shift)
     dx = torch.empty_like(x) if input_gradient else x.new_empty(0)
     launch(
@@ -195,8 +192,3 @@ def apply_backward(
 
 def _sizes(x: Tensor, bank: Tensor) -> tuple[int, ...]:
     return (*x.shape, bank.shape[0], bank.shape[1], bank.shape[-1])
-
-
-def _parameter(t: Tensor | None, bank: Tensor) -> Tensor | None:
-    """Return a tensor that may be of any dtype as the kernels read it."""
-    return None if t is None else t.to(bank.dtype).contiguous()

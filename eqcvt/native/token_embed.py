@@ -28,8 +28,6 @@ def supports(x: Tensor, filters: Tensor, *, padding: int) -> str | None:
     reason = refuses_dtype(x)
     if reason is not None:
         return reason
-    if filters.shape[2] != filters.shape[3]:
-        return f"filters of {filters.shape[2]}x{filters.shape[3]} are not square"
     patch = filters[0].numel()
     if x.device.type == "cpu" and patch > PATCH_PAYS:
         return f"patches of {patch} values are faster in plain PyTorch (up to {PATCH_PAYS} are not)"

@@ -263,6 +263,14 @@ def test_wrong_shapes_are_named(change: dict[str, object], message: str) -> None
         )
 
 
+@pytest.mark.parametrize("size", [(4, 4), (3, 5)])
+def test_filters_without_a_middle_are_refused(size: tuple[int, int]) -> None:
+    x, k = torch.zeros(2, 4, 5, 5), _depthwise(4)
+    q = k._replace(filters=torch.zeros(4, 1, *size))
+    with pytest.raises(ValueError, match=r"filters \[4, 1, k, k\] with odd k, got \[4, 1, "):
+        ops.conv_attention(x, x, q, k, None, _pointwise(4, 2, 4), heads=2)
+
+
 def test_a_norm_of_other_tokens_is_refused() -> None:
     x = torch.randn(1, 4, 5, 5)
     norm = ops.Norm(torch.ones(5), torch.zeros(4))

@@ -249,6 +249,11 @@ def test_wrong_shapes_are_named(shape: tuple[int, ...], kernel: int, message: st
         ops.lift(torch.zeros(shape, dtype=torch.float64), bank, scale, shift)
 
 
+def test_a_blur_without_a_middle_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a line \[k\] with odd k, got \[4\]"):
+        ops.lift(*_inputs(), None, None, torch.ones(4) / 4)
+
+
 def test_a_mask_or_blur_that_learns_has_its_gradient_from_plain_pytorch() -> None:
     x, bank, line = torch.rand(1, 1, 9, 9), torch.rand(2, 4, 1, 3, 3), torch.ones(2)
     for name in ("mask", "blur"):

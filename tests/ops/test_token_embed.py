@@ -61,3 +61,9 @@ def test_symmetric_filters_turn_tokens_with_the_image(name: str) -> None:
 def test_wrong_channels_are_named() -> None:
     with pytest.raises(ValueError, match=r"needs x \[B, 3, H, W\] for these filters, got \[2, 4"):
         ops.token_embed(torch.zeros(2, 4, 9, 9), *_weights(), stride=2, padding=1)
+
+
+def test_filters_that_are_not_square_are_named() -> None:
+    filters, *rest = _weights()
+    with pytest.raises(ValueError, match=r"needs filters \[D, C, k, k\], got \[.*, 3, 2\]"):
+        ops.token_embed(torch.zeros(2, 3, 9, 9), filters[..., :2], *rest, stride=2, padding=1)
