@@ -1,10 +1,9 @@
 """Which GPU kernels were proven on this machine's GPU: the file that ``eqcvt tune`` writes.
 
 The file is EQCVT_TUNED (``none``: no file counts), else the one in ``$XDG_CACHE_HOME/eqcvt``
-(``~/.cache/eqcvt``) with the names of the device and of the versions of torch and triton; the
-package may ship ``kernels/proven-<class>.json`` for a class of devices. It holds tuned launches,
-and for each backend, op and precision whether the kernels were as right as plain PyTorch; both
-count for the same device, versions of torch and triton, and kernels only.
+(``~/.cache/eqcvt``) with the names of the device and of the versions of torch and triton. It holds
+tuned launches, and for each backend, op and precision whether the kernels were as right as plain
+PyTorch; both count for the same device, versions of torch and triton, and kernels only.
 
 Kernels without a verdict are checked where they are first wanted: once per machine, by ``eqcvt tune
 --check-only`` in a process of its own, while the other processes of a run wait. A file that
@@ -166,57 +165,49 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def foreign(content: dict[str, Any], device: Device, *, shipped: bool = False) -> str | None:
-    """Return why a file does not count for a device, or None; a shipped one is for its class."""
+def foreign(content: dict[str, Any], device: Device) -> str | None:
+    """Return why a file does not count for a device, or None."""
     for what, here in machine(device).items():
         there = content["machine"].get(what)
-        if there != here and not (shipped and what == "name"):
+        if there != here:
             return f"it was made with {what} {there}, and here is {here}"
     return None
 
 
 @functools.cache
-def found(device: Device) -> tuple[Source, ...]:
-    """Read the files for a device, the user's first.
+def found(device: Device) -> Source | None:
+    """Read the file for a device, or return None if there is none, or none is to count.
 
     Raises:
         FileNotFoundError: if the variable names a file that is not there.
         ValueError: if the file that it names is not one.
     """
-    if os.environ.get(VARIABLE) == "none":
-        return ()
-    own = user_file(device)
-    shipped = PACKAGE / "kernels" / f"proven-sm{device.capability.replace('.', '')}.json"
-    read_files = []
-    for path in (own, shipped):
-        named = path == own and bool(os.environ.get(VARIABLE))
-        if not named and not path.is_file():
-            continue
-        try:
-            content = read(path)
-            refused = foreign(content, device, shipped=path == shipped)
-        except (ValueError, OSError) as error:
-            if named:
-                raise
-            content, refused = {}, str(error)
-        stale = refused
-        if refused is None and content.get("sources") != sources("triton"):
-            stale = "its launches and its proof are of other Triton kernels than these"
-        if stale is not None:
-            log.warning("%s is not used: %s", path, stale)
-        read_files.append(Source(path, content, refused, stale))
-    return tuple(read_files)
+    named = os.environ.get(VARIABLE)
+    path = user_file(device)
+    if named == "none" or not (named or path.is_file()):
+        return None
+    try:
+        content = read(path)
+        refused = foreign(content, device)
+    except (ValueError, OSError) as error:
+        if named:
+            raise
+        content, refused = {}, str(error)
+    stale = refused
+    if refused is None and content.get("sources") != sources("triton"):
+        stale = "its launches and its proof are of other Triton kernels than these"
+    if stale is not None:
+        log.warning("%s is not used: %s", path, stale)
+    return Source(path, content, refused, stale)
 
 
 def report() -> list[dict[str, str]]:
     """Return, for each kind of GPU, the file that was looked for and whether it counts."""
     rows = []
     for device in devices():
-        read_files = found(device) or (Source(user_file(device), {}, None, "there is none"),)
-        rows += [
-            {"device": device.name, "file": str(s.path), "state": s.launches_refused or "in use"}
-            for s in read_files
-        ]
+        source = found(device) or Source(user_file(device), {}, None, "there is none")
+        state = source.launches_refused or "in use"
+        rows.append({"device": device.name, "file": str(source.path), "state": state})
     return rows
 
 
@@ -224,37 +215,30 @@ def tuned_launches() -> dict[str, dict[str, int]]:
     """Return the launches of the files that count, made for the Triton kernels that are here."""
     launches: dict[str, dict[str, int]] = {}
     for device in devices():
-        for source in reversed(found(device)):
-            if source.launches_refused is None:
-                launches |= source.content["launches"]
+        source = found(device)
+        if source is not None and source.launches_refused is None:
+            launches |= source.content["launches"]
     return launches
 
 
 def gap(device: Device, op: str, backend: str, precision: str) -> Gap | None:
-    """Return what the files for a GPU lack to prove a backend's kernels in a precision, or None.
+    """Return what the file for a GPU lacks to prove a backend's kernels in a precision, or None.
 
     Raises:
         FileNotFoundError: as :func:`found`.
         ValueError: as :func:`found`.
     """
-    own = user_file(device)
-    gaps = {source.path: _gap(source, op, backend, precision) for source in found(device)}
-    if None in gaps.values():
-        return None
-    made_by_us = not os.environ.get(VARIABLE)
-    first = gaps.get(own) or Gap(f"its kernels have not been checked on {device.name}", True)
-    return first._replace(unchecked=first.unchecked and made_by_us)
-
-
-def _gap(source: Source, op: str, backend: str, precision: str) -> Gap | None:
-    """Return what one file lacks to prove an op, or None."""
+    source = found(device)
+    unchecked = not os.environ.get(VARIABLE)  # a file that the user names is not added to
+    if source is None:
+        return Gap(f"its kernels have not been checked on {device.name}", unchecked)
     if source.refused is not None:
         return Gap(f"{source.path} is not used: {source.refused}", False)
     check = source.content["checks"].get(key(backend, op, precision))
     if check is None:
-        return Gap(f"{source.path} has no check of it in {precision}", True)
+        return Gap(f"{source.path} has no check of it in {precision}", unchecked)
     if check.get("kernels") != identity(backend, source.content["launches"]):
-        return Gap(f"{source.path} proves other kernels than these", True)
+        return Gap(f"{source.path} proves other kernels than these", unchecked)
     if check.get("passed") is not True:
         return Gap(f"{source.path} found it wrong in {precision}: {check.get('reason')}", False)
     return None
