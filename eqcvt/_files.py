@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and locks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 
@@ -64,6 +65,26 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(outer, ignore_errors=True)
+
+
+@contextmanager
+def locked(
+    path: Path, say: Callable[[str], None], why: str, *, patience: float = -1
+) -> Iterator[None]:
+    """Hold the lock file ``path``; if another process does, ``say`` why we wait, and wait for that.
+
+    Raises:
+        Timeout: filelock's, after ``patience`` seconds; -1 waits for ever.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        held = lock.acquire(timeout=1)
+    except Timeout:
+        say(why)
+        held = lock.acquire(timeout=patience)
+    with held:
+        yield
 
 
 def take_back(path: Path) -> None:

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
+from eqcvt._files import locked
 from eqcvt._machine import usable_cores
 from eqcvt.ops import _proof
 
@@ -60,20 +60,13 @@ def _check(device: _proof.Device, op: str, backend: str, precision: str) -> str:
     said = ""
     try:
         path = _proof.user_file(device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".first-use.lock"))
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            log.warning("waiting for the process that checks the GPU kernels, %s", lock.lock_file)
-            lock.acquire(timeout=PATIENCE)
-        try:
+        lock = path.with_suffix(".first-use.lock")
+        why = f"waiting for the process that checks the GPU kernels, {lock}"
+        with locked(lock, log.warning, why, patience=PATIENCE):
             _proof.found.cache_clear()
             gap = _proof.gap(device, op, backend, precision)
             if gap is not None and gap.unchecked:
                 said = _run(path, device, backend, precisions)
-        finally:
-            lock.release()
     except Exception as error:  # a file system without locks, a system without processes, ...
         said = f"{type(error).__name__}: {error}"
     _proof.found.cache_clear()

@@ -10,16 +10,15 @@ written whole after each step, so an interrupted run goes on where it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from eqcvt import _check
+from eqcvt._files import locked
 from eqcvt.ops import _backend, _proof
 from eqcvt.tune import cases
 from eqcvt.tune.check import Judge, Unchecked, Verdict, apart, tf32, together
@@ -104,7 +103,8 @@ def run(
     if not check_only and set(precisions) != set(_proof.PRECISIONS):
         raise ValueError("launches are tuned for every precision: give precisions to a check only")
     watcher = watcher or Watcher()
-    with _alone(path, watcher):
+    lock = path.with_suffix(".lock")
+    with locked(lock, watcher.note, f"waiting for the eqcvt tune that holds {lock}"):
         record = Record(path, about)
         if record.dropped is not None:
             watcher.note(f"{path} is begun anew: {record.dropped}")
@@ -127,22 +127,6 @@ def run(
             # A proof is of one table, and an entry may serve several ops.
             _check_all(record, _backend.OPS, ["triton"], precisions, device, jobs, watcher, False)
         return record
-
-
-@contextmanager
-def _alone(path: Path, watcher: Watcher) -> Iterator[None]:
-    """Keep other processes from a file that is written whole, again and again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        watcher.note(f"waiting for the eqcvt tune that holds {lock.lock_file}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check_all(
