@@ -19,7 +19,8 @@ import torch
 
 from eqcvt import _check
 from eqcvt._files import locked
-from eqcvt.ops import _backend, _proof
+from eqcvt.kernels import launches
+from eqcvt.ops import _backend, _proof, use_backend
 from eqcvt.tune import cases
 from eqcvt.tune.check import Judge, Unchecked, Verdict, apart, tf32, together
 from eqcvt.tune.record import Record
@@ -40,9 +41,6 @@ class Watcher:
 
     def begin(self, what: str, steps: int) -> None:
         """Take the name of the next part and the number of its steps."""
-
-    def step(self, what: str) -> None:
-        """Take the name of the step that begins."""
 
     def checked(self, backend: str, op: str, precision: str, verdict: Verdict) -> None:
         """Take the outcome of a check."""
@@ -93,8 +91,6 @@ def run(
         ValueError: if an op, a backend or a precision is unknown, or tuning would leave one out.
         RuntimeError: if a check could not be made, or a candidate left the device unusable.
     """
-    from eqcvt.kernels import launches
-
     for op in ops:
         _check.choice("op", op, _backend.OPS)
     precisions = _proof.PRECISIONS if precisions is None else precisions
@@ -197,8 +193,6 @@ class _Search:
 
     def op(self, op: str, again: bool) -> None:
         """Tune all entries that an op's steps look up, the most expensive first."""
-        from eqcvt.ops import use_backend
-
         for dtype, precisions in _TIMED.items():
             if self.expired():
                 return
@@ -214,7 +208,6 @@ class _Search:
                 if self.expired():
                     return
                 entry = todo.pop(0)
-                self.watcher.step(entry)
                 done = self.record.content["times"].get(f"{self.klass} {entry}", {})
                 if (again or not done.get("finished")) and self._entry(entry, users[entry], judges):
                     # Another launch can have other kernels run than before.
@@ -224,8 +217,6 @@ class _Search:
 
     def _users(self, steps: list[Callable[[], object]]) -> dict[str, list[Callable[[], object]]]:
         """Return the entries that steps look up with the table in force, each with its steps."""
-        from eqcvt.ops import use_backend
-
         users: dict[str, list[Callable[[], object]]] = {}
         with use_backend("triton"), tf32(True):
             for step in steps:
@@ -234,14 +225,11 @@ class _Search:
         return users
 
     def _time(self, entry: str, runs: list[Callable[[], object]]) -> float:
-        from eqcvt.ops import use_backend
-
         with use_backend("triton"), tf32(True):
             return sum(self.timer(run, decided(entry)) for run in runs)
 
     def _entry(self, entry: str, runs: list[Callable[[], object]], judges: list[Judge]) -> bool:
         """Tune one entry, install what was found, and save; return whether it is another launch."""
-        from eqcvt.kernels import launches
 
         def wrong() -> str | None:
             verdicts = (judge.verdict("triton") for judge in judges)

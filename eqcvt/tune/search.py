@@ -16,6 +16,8 @@ from eqcvt.tune.check import first_line
 
 # A candidate must be faster by more than what two measurements of one launch differ.
 GAIN = 0.98
+# Replays that a time is the median of.
+ROUNDS = 15
 # Kernels whose time an entry decides, where it is not the kernel of its own name alone.
 DECIDES = {
     "lift_plan": ("lift_conv", "lift_sums", "lift_finish"),
@@ -42,10 +44,9 @@ class Found(NamedTuple):
 
 
 class CudaTimer:
-    """Replays the launches that a call makes: median of ``rounds``, each with a cold L2 cache."""
+    """Replays the launches that a call makes: median of ``ROUNDS``, each with a cold L2 cache."""
 
-    def __init__(self, rounds: int = 15) -> None:
-        self.rounds = rounds
+    def __init__(self) -> None:
         # Filling more than any L2 cache holds also keeps the device busy until the replay is there.
         self._flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
 
@@ -60,7 +61,7 @@ class CudaTimer:
             for launch in made:
                 launch()
         times = []
-        for _ in range(self.rounds):
+        for _ in range(ROUNDS):
             start, end = self._event(), self._event()
             self._flush.zero_()
             start.record()
