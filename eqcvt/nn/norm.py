@@ -1,4 +1,4 @@
-"""Batch normalisation modules on :func:`eqcvt.ops.batch_norm`."""
+"""Normalisation layers on :func:`eqcvt.ops.batch_norm` and :func:`eqcvt.ops.layer_norm`."""
 
 from __future__ import annotations
 
