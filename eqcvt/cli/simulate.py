@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
 
 from eqcvt.cli.app import app, console
+from eqcvt.data import LensingImages, load, to_unit
+from eqcvt.data import simulate as run
 
 
 def overrides(given: list[str]) -> dict[str, Any]:
@@ -77,10 +81,6 @@ def simulate(
     ] = False,
 ) -> None:
     """Simulate strong-lensing images; the same command goes on where an earlier one stopped."""
-    from eqcvt._files import replacing
-    from eqcvt.data import contact_sheet, load
-    from eqcvt.data import simulate as run
-
     path = run(
         preset,
         count,
@@ -96,7 +96,19 @@ def simulate(
     screen = console()
     screen.print(f"wrote {path}", markup=False, soft_wrap=True)
     if preview:
-        sheet = path.with_suffix(".png")
-        with replacing(sheet) as temporary:
-            contact_sheet(load(path)).save(temporary)
+        sheet = _draw(load(path), path.with_suffix(".png"))
         screen.print(f"wrote {sheet}", markup=False, soft_wrap=True)
+
+
+def _draw(data: LensingImages, path: Path) -> Path:
+    """Write a contact sheet of the first images of each class."""
+    from eqcvt import plots, report
+
+    columns, classes = 8, range(len(data.classes))
+    each = columns * max(1, 4 // len(classes))
+    part = data.subset(np.concatenate([np.flatnonzero(data.labels == k)[:each] for k in classes]))
+    # The power lifts the faint arcs beside the bright core of the lens galaxy.
+    shown = to_unit(torch.from_numpy(part.images)) ** 0.6
+    scale = report.pixel_scale(data)
+    grid = plots.sample_grid(shown, part.labels, part.classes, columns=columns, pixel_scale=scale)
+    return plots.save(grid, path)

@@ -1,4 +1,4 @@
-"""Lensing images: simulation, files, batches, augmentation, contact sheets."""
+"""Lensing images: simulation, files, batches, augmentation."""
 
 from eqcvt.data.augment import MODES, Augment, rotate
 from eqcvt.data.config import (
@@ -15,7 +15,6 @@ from eqcvt.data.files import LensingImages, load, split, to_unit
 from eqcvt.data.folders import read_image
 from eqcvt.data.loader import Batches
 from eqcvt.data.render import Renderer, generate
-from eqcvt.data.sheet import contact_sheet
 from eqcvt.data.simulate import simulate
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "Renderer",
     "SimulationConfig",
     "Subhalos",
-    "contact_sheet",
     "generate",
     "load",
     "read_image",

@@ -48,6 +48,7 @@ def test_shards_join_to_the_set_and_previews_are_drawn(images: Path, tmp_path: P
     assert np.array_equal(load(tmp_path / "set").images, load(images).images)
     sheets = sorted((tmp_path / "set").glob("*.png"))
     assert len(sheets) == 2
+    assert np.asarray(Image.open(sheets[0]).convert("L")).std() > 5
     assert min(Image.open(sheets[0]).size) > 100
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from eqcvt.data import (
     LensingImages,
-    contact_sheet,
     generate,
     load,
     read_image,
@@ -457,24 +456,6 @@ def test_to_unit():
         to_unit(torch.zeros(1, 2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[B, C, H, W\], got \[2, 2\]"):
         to_unit(torch.zeros(2, 2))
-
-
-def test_contact_sheet(simulated):
-    sheet = contact_sheet(simulated, rows=2, columns=4, tile=20)
-    assert sheet.mode == "RGB"
-    assert sheet.size == (28 + 4 * 26 - 6, 28 + 2 * 26 + 2 * 30)
-    pixels = np.asarray(sheet)
-    # First tile of the first class, at its size.
-    tile = pixels[14 + 30 : 14 + 30 + 20, 14:34]
-    assert tile.max() > 200
-    colour = images_of(images=np.full((6, 3, 9, 9), 7, np.float32))
-    assert contact_sheet(colour, rows=1, columns=2, tile=9).size[0] == 28 + 2 * 15 - 6
-    with pytest.raises(ValueError, match="colours must be one of"):
-        contact_sheet(simulated, colours="magmaa")
-    with pytest.raises(ValueError, match="there are no images to draw"):
-        contact_sheet(simulated.subset([]))
-    with pytest.raises(ValueError, match="rows must be at least 1"):
-        contact_sheet(simulated, rows=0)
 
 
 def test_the_repr_of_a_set_says_its_size_and_not_its_pixels() -> None:
