@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from bench.cases import Case
 from bench.implementations import calls, contender
 from bench.origin import commit, device_name, versions
 from bench.timing import Function, captured, cuda_seconds, peak_mib
-from eqcvt._files import replacing
+from eqcvt._files import write_json
 from eqcvt.models.cvt import BASELINE_STAGES
 from eqcvt.nn import ConvAttention, MlpBlock, TransformerStage
 
@@ -128,8 +127,7 @@ def main() -> None:
             if ms >= options.least:
                 print(f"  {ms:8.4f} ms  {count:5.1f} x  {kernel[:90]}")
         if options.out:
-            with replacing(options.out) as temporary:
-                temporary.write_text(json.dumps(origin | {"cases": rows}, indent=1) + "\n")
+            write_json(options.out, origin | {"cases": rows})
 
 
 if __name__ == "__main__":

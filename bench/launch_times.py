@@ -18,12 +18,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from bench.origin import commit, device_name, versions
-from eqcvt._files import replacing
+from eqcvt._files import read_json, write_json, write_text
 from eqcvt.kernels import launches
 from eqcvt.kernels.launches import Launch
 from eqcvt.ops import use_backend
@@ -110,14 +110,13 @@ def compare(
 
 def ship(key: str, launch: Launch, path: Path = launches.FILE) -> None:
     """Put a launch into the shipped table, behind the entries of its kernel if it is new there."""
-    table = json.loads(path.read_text(encoding="utf-8"))
+    table = read_json(path)
     rows = [(name, table[name]) for name in table if name != key]
     places = [i for i, (name, _) in enumerate(rows) if name.split(" ")[1] == key.split(" ")[1]]
     place = list(table).index(key) if key in table else places[-1] + 1 if places else len(rows)
     rows.insert(place, (key, launch))
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in rows)
-    with replacing(path) as temporary:
-        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    write_text(path, f"{{\n{lines}\n}}\n")
 
 
 def _field(text: str) -> tuple[str, list[int]]:
@@ -179,9 +178,7 @@ def main() -> None:
         times = "  ".join(f"{ms:.4f} ms at {count} images" for count, ms in row.ms.items())
         print(f"{json.dumps(row.launch)}: {row.wrong or times}", flush=True)
         if options.out:
-            content: dict[str, Any] = origin | {"rows": [row._asdict() for row in rows]}
-            with replacing(options.out) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_json(options.out, origin | {"rows": [row._asdict() for row in rows]})
     right = [row for row in rows if row.ms]
     if not right:
         raise SystemExit("error: none of these launches is right")

@@ -33,7 +33,7 @@ from rich.table import Table
 from bench.origin import commit, device_name
 from eqcvt import demo, load_model, plots, report
 from eqcvt._check import choice
-from eqcvt._files import replacing_folder
+from eqcvt._files import read_json, replacing_folder, write_json
 from eqcvt.data import load, simulate
 from eqcvt.models import VisionModel
 from eqcvt.models.registry import PRETRAINED
@@ -170,10 +170,10 @@ def run(paper: Paper, say: Callable[[str], None]) -> dict[str, Any]:
             say(f"{of}: {MODELS[model][0]}, recipe {recipe}, seed {seed}")
             rows.append(_row(paper, of, model, recipe, seed))
             content["rows"] = [_without_curves(row) for row in rows]
-            report.write_json(paper.out / "results.json", content)
+            write_json(paper.out / "results.json", content)
         pictures += _draw(paper, of, rows)
     content["pictures"] = [str(p.relative_to(paper.out)) for p in pictures]
-    report.write_json(paper.out / "results.json", content)
+    write_json(paper.out / "results.json", content)
     return content
 
 
@@ -182,7 +182,7 @@ def _others(paper: Paper) -> tuple[list[dict[str, Any]], list[Path]]:
     path = paper.out / "results.json"
     if not path.is_file():
         return [], []
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     named = {(of, *run) for of in paper.sets for run in paper.runs()}
     rows = [r for r in before["rows"] if tuple(r[name] for name in RUN) not in named]
     for name, now in paper.settings().items() if rows else ():
@@ -194,7 +194,7 @@ def _others(paper: Paper) -> tuple[list[dict[str, Any]], list[Path]]:
     for row in rows:
         measured = paper.folder(*(row[name] for name in RUN)) / "test.json"
         if measured.is_file():  # with the curves
-            row["test"] = json.loads(measured.read_text(encoding="utf-8"))
+            row["test"] = read_json(measured)
     pictures = [p for p in map(Path, before.get("pictures", ())) if p.parts[0] not in paper.sets]
     return rows, [paper.out / p for p in pictures]
 
@@ -210,12 +210,12 @@ def _row(paper: Paper, of: str, model: str, recipe: str, seed: int) -> dict[str,
     )
     made_of = max(p.stat().st_mtime for p in (state, test))
     if kept.is_file() and kept.stat().st_mtime >= made_of:
-        measured = json.loads(kept.read_text(encoding="utf-8"))
+        measured = read_json(kept)
     if not measured or not all(map(report.whole, measured.values())):
         device = resolve_device(paper.device)
         models = {which: _model(folder / which, device) for which in ("best", "last")}
         measured = report.evaluate_models(models, load(test), device=device)
-        report.write_json(kept, measured)
+        write_json(kept, measured)
     return {
         "set": of,
         "model": model,
@@ -338,7 +338,7 @@ def ship(paper: Paper, content: Mapping[str, Any]) -> list[Path]:
                 if (seen := trained / SEEN).is_file():  # not after an --init that did not know
                     shutil.copyfile(seen, folder / SEEN)
                 card = {"name": target.name, **_card(paper, content, best)}
-                report.write_json(folder / "card.json", card)
+                write_json(folder / "card.json", card)
             written.append(target)
     return written
 

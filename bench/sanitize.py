@@ -22,7 +22,7 @@ import torch
 
 import eqcvt
 from eqcvt import use_backend
-from eqcvt._files import replacing
+from eqcvt._files import write_text
 from eqcvt.ops import CannotServe, explain
 from eqcvt.tune import cases
 
@@ -158,8 +158,7 @@ def main() -> None:
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = options.out or ROOT / "bench" / "results" / f"sanitizer-{device}.txt"
     text = record(runs, sanitizer)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     print(text, end="")
     sys.exit(any(run.result != "0 found" for run in runs))
 

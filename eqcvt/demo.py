@@ -6,7 +6,6 @@ The trained models that come with the package are evaluated beside them, on fres
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eqcvt import load_model, plots, report
+from eqcvt._files import read_json, write_json
 from eqcvt.data import load, simulate
 from eqcvt.models import VisionModel, list_pretrained, load_pretrained, pretrained_folder
 from eqcvt.nn import set_backend
@@ -103,7 +103,7 @@ def run(demo: Demo, say: Callable[[str], None]) -> dict[str, Any]:
         "packaged": packaged,
         "pictures": [str(p.relative_to(demo.out)) for p in pictures],
     }
-    report.write_json(demo.out / RESULTS, content)
+    write_json(demo.out / RESULTS, content)
     return content
 
 
@@ -140,7 +140,7 @@ def _finished(demo: Demo) -> dict[str, Any] | None:
     parts += [_folder(demo, name) / "last" / "model.safetensors" for name in MODELS]
     if not path.is_file() or any(p.stat().st_mtime > path.stat().st_mtime for p in parts):
         return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(path)
     whole = all((demo.out / picture).is_file() for picture in content["pictures"])
     whole = whole and sorted(content.get("packaged", {})) == list_pretrained()
     whole = whole and all(
@@ -184,11 +184,11 @@ def _evaluate(
         kept = _folder(demo, name) / "evaluation.json"
         made_of = (test, _folder(demo, name) / "last" / "model.safetensors")
         if kept.is_file() and all(p.stat().st_mtime < kept.stat().st_mtime for p in made_of):
-            results[name] = json.loads(kept.read_text(encoding="utf-8"))
+            results[name] = read_json(kept)
             if report.whole(results[name]):
                 continue
         results |= report.evaluate_models({name: model}, data, device=device, progress=say)
-        report.write_json(kept, results[name])
+        write_json(kept, results[name])
     return results
 
 
@@ -196,7 +196,7 @@ def _evaluate_packaged(demo: Demo, say: Callable[[str], None]) -> dict[str, dict
     """Evaluate the packaged models, each on fresh images of the set and size it was trained on."""
     results: dict[str, dict[str, Any]] = {}
     for name in list_pretrained():
-        card = json.loads((pretrained_folder(name) / "card.json").read_text(encoding="utf-8"))
+        card = read_json(pretrained_folder(name) / "card.json")
         preset, device = card["trained"]["set"], resolve_device(demo.device)
         model = load_pretrained(name).to(device)
         set_backend(model, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ from rich.table import Table
 
 import eqcvt
 from eqcvt import plots
-from eqcvt._files import replacing
 from eqcvt.data import LensingImages, to_unit
 from eqcvt.models import VisionModel
 from eqcvt.train import evaluate, logits_over_angles, predict_logits
@@ -63,13 +61,6 @@ def check_fit(name: str, model: VisionModel, data: LensingImages) -> None:
     ):
         if given != taken:
             raise ValueError(f"{name} takes images with {taken} {what}, the data have {given}")
-
-
-def write_json(path: Path, content: Any) -> Path:
-    """Write JSON, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 def origin() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from eqcvt._files import write_json
 from eqcvt.cli.app import app, console, note
 from eqcvt.cli.checkpoints import Loaded, distinct, help_text, load
 from eqcvt.cli.use import DeviceOption, LastOption
@@ -80,7 +81,7 @@ def evaluate(
     beside = Path(f"{first.folder.name}-evaluation")  # nothing is written into the package
     folder = out or (beside if first.packaged else (first.run or first.folder) / EVALUATION)
     remove_pictures(folder)  # those of other images or models would stay beside new numbers
-    report.write_json(
+    write_json(
         folder / METRICS,
         {
             **report.origin(),

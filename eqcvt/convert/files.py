@@ -5,10 +5,10 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
+
+from eqcvt._files import read_tensors
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
@@ -30,7 +30,7 @@ def read_state(path: Path) -> State:
         )
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    content = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    content = read_tensors(path) if path.suffix == ".safetensors" else _torch(path)
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -53,13 +53,6 @@ def _without_prefix(state: State) -> State:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def _safetensors(path: Path) -> object:
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _torch(path: Path) -> object:

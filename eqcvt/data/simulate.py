@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.text import Text
 
 from eqcvt._check import choice, integer
-from eqcvt._files import replacing
+from eqcvt._files import write_text
 from eqcvt._machine import usable_cores
 from eqcvt.data.config import SimulationConfig, resolve
 from eqcvt.data.files import LensingImages, join, load
@@ -260,8 +260,7 @@ def _prepare(parts: Path, run: dict[str, Any]) -> None:
     if note.exists() and note.read_text(encoding="utf-8") == text:
         return
     shutil.rmtree(parts, ignore_errors=True)
-    with replacing(note) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(note, text)
 
 
 def _complete(path: Path, chunk: range) -> bool:

@@ -11,11 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eqcvt import _check, _files
@@ -317,11 +315,9 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         with _files.replacing(folder / WEIGHTS) as path:
             state = {key: value.contiguous() for key, value in self.state_dict().items()}
             _files.write_tensors(path, state, {"format": "pt"})
-        with _files.replacing(folder / CONFIG) as path:
-            path.write_text(config)
+        _files.write_text(folder / CONFIG, config)
         if self.classes is not None:
-            with _files.replacing(folder / CLASSES) as path:
-                path.write_text(json.dumps(self.classes) + "\n", encoding="utf-8")
+            _files.write_text(folder / CLASSES, json.dumps(self.classes) + "\n")
         if push_to_hub:
             repo: str | None = self.push_to_hub(
                 repo_id=kwargs.pop("repo_id", folder.name), config=self.config, **kwargs
@@ -416,10 +412,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """
     for path in (folder / CLASSES, folder.parent / CLASSES):
         if path.is_file():
-            try:
-                names = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            names = _files.read_json(path)
             if not isinstance(names, list):
                 raise ValueError(f"{path} must hold a list of class names, got {names!r}")
             return tuple(map(str, names))
@@ -440,10 +433,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} is not a saved model: it has no {path.name} (save_pretrained writes one)"
         )
-    try:
-        config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    config = _files.read_json(path)
     if not isinstance(config, dict) or "architecture" not in config:
         raise ValueError(f"{path} is not a model configuration: it has no 'architecture'")
     return config
@@ -453,7 +443,4 @@ def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read a safetensors file; raise a ValueError or FileNotFoundError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a saved model: it has no {path.name}")
-    try:
-        return safetensors.torch.load_file(path, device=device)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    return _files.read_tensors(path, device)

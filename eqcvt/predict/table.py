@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from eqcvt._check import choice
-from eqcvt._files import replacing
+from eqcvt._files import replacing, write_json
 from eqcvt.predict.images import Images
 from eqcvt.predict.model import Prediction
 
@@ -47,12 +47,12 @@ def writing(path: str | Path, classes: Sequence[str]) -> Iterator[Callable[[Pred
             return
         separator = "[\n"
 
-        def write_json(p: Prediction) -> None:
+        def write_line(p: Prediction) -> None:
             nonlocal separator
             file.write(separator + json.dumps(vars(p)))
             separator = ",\n"
 
-        yield write_json
+        yield write_line
         file.write("\n]\n" if separator == ",\n" else "[\n]\n")
 
 
@@ -129,10 +129,9 @@ class Parts:
             for prediction in predictions:
                 failed += not prediction.label
                 write(prediction)
-            with replacing(_record(part)) as new:
-                # Before the part itself: where both are there, both are of one run.
-                about = {"run": run, "range": [images.start, images.stop], "failed": failed}
-                new.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            # Before the part itself: where both are there, both are of one run.
+            about = {"run": run, "range": [images.start, images.stop], "failed": failed}
+            write_json(_record(part), about)
         return failed
 
     def merge(self, number: int | None = None, *, overwrite: bool = False) -> tuple[int, int]:

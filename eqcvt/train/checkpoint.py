@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from eqcvt._files import replacing_folder, write_tensors
+from eqcvt._files import read_tensors, replacing_folder, write_tensors
 from eqcvt.models import VisionModel
 from eqcvt.train.average import Average
 from eqcvt.train.config import TrainConfig
@@ -173,10 +171,7 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_scalars(folder: Path) -> dict[str, Any]:
@@ -203,10 +198,7 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"cannot resume: {path} is missing")
     if _sha256(path) != sha256:
         raise ValueError(f"{path} is damaged: its checksum is not the one in {SCALARS}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    return read_tensors(path)
 
 
 def _same_settings(folder: Path, stored: dict[str, Any], config: TrainConfig) -> None:

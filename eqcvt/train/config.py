@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from eqcvt._check import AMP, amp_dtype, boolean, choice, fraction, integer, number, plain
-from eqcvt._files import replacing
+from eqcvt._files import write_text
 from eqcvt.data import MODES
 from eqcvt.models import list_models
 
@@ -187,8 +187,7 @@ class TrainConfig:
         """Write the settings as TOML, whole or not at all; settings that are None are left out."""
         values = {key: value for key, value in self.to_dict().items() if value is not None}
         values["model_kwargs"] = _none_as_text(self.model_kwargs)
-        with replacing(path) as new:
-            new.write_text(tomli_w.dumps(values), encoding="utf-8")
+        write_text(path, tomli_w.dumps(values))
         return Path(path)
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from eqcvt._check import amp_dtype
-from eqcvt._files import replacing
+from eqcvt._files import write_json, write_text
 from eqcvt.data import Augment, Batches, LensingImages
 from eqcvt.models import VisionModel, _base, load_model
 from eqcvt.train import checkpoint
@@ -185,8 +185,7 @@ class _Run:
             # Absolute, so that a command in any folder finds the images.
             located = replace(config, data=os.path.abspath(config.data), val_data=held_out)
             located.save(self.folder / CONFIG)
-            with replacing(self.folder / _base.CLASSES) as new:
-                new.write_text(json.dumps(data.classes) + "\n", encoding="utf-8")
+            write_text(self.folder / _base.CLASSES, json.dumps(data.classes) + "\n")
             self._write_metrics()
             if resume:
                 self._check_best()
@@ -379,8 +378,7 @@ class _Run:
         )
 
     def _write_metrics(self) -> None:
-        with replacing(self.folder / METRICS) as new:
-            new.write_text(json.dumps(self.state.progress.history, indent=1), encoding="utf-8")
+        write_json(self.folder / METRICS, self.state.progress.history)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.writer is not None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eqcvt._files import replacing
+from eqcvt._files import write_text
 from eqcvt.ops import _proof
 from eqcvt.tune.check import Verdict
 
@@ -76,8 +76,7 @@ class Record:
     def save(self) -> None:
         """Write the file, in the place of the one before."""
         self.content["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        with replacing(self.path) as temporary:
-            temporary.write_text(_text(self.content), encoding="utf-8")
+        write_text(self.path, _text(self.content))
 
 
 def _text(content: dict[str, Any]) -> str:
