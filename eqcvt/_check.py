@@ -43,13 +43,25 @@ def integer(what: str, given: object, minimum: int = 1) -> int:
     return value
 
 
-def number(what: str, given: object) -> float:
-    """Return ``given`` as a float if it is a finite number; otherwise raise."""
+def number(
+    what: str,
+    given: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_below: bool = False,
+) -> float:
+    """Return ``given`` as a float if it is finite and in [low, high] or (low, high]; else raise."""
     value = plain(given)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number, got {type(given).__name__} {given!r}")
     if not math.isfinite(value):
         raise ValueError(f"{what} must be finite, got {value}")
+    if not low <= value <= high or (open_below and value == low):
+        above = f"above {low:g}" if open_below else f"at least {low:g}"
+        # A bound that no one meets by mistake is named only to whom it refuses.
+        below = f" and at most {high:g}" if high < 1e38 or value > high else ""
+        raise ValueError(f"{what} must be {above}{below}, got {given}")
     return float(value)
 
 
@@ -60,11 +72,11 @@ def boolean(what: str, given: object) -> bool:
     return given
 
 
-def fraction(what: str, given: object, *, below_one: bool = True) -> float:
-    """Return ``given`` as a float in [0, 1) (or [0, 1]); otherwise raise."""
+def fraction(what: str, given: object) -> float:
+    """Return ``given`` as a float in [0, 1); otherwise raise."""
     value = number(what, given)
-    if not 0 <= value <= 1 or (below_one and value == 1):
-        raise ValueError(f"{what} must lie in [0, 1{')' if below_one else ']'}, got {given}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{what} must lie in [0, 1), got {given}")
     return value
 
 

@@ -8,48 +8,48 @@ uniformly between the two; a single number stands for ``(number, number)``.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, TypeVar
 
-from eqcvt._check import choice, integer
+from eqcvt._check import choice, integer, number
 
 Range = tuple[float, float]
 STRUCTURES = ("none", "point", "tnfw", "line")
 
 
 def _number(low: float = 0.0, high: float = math.inf) -> dict[str, Any]:
-    return {"kind": "number", "low": low, "high": high}
+    return {"check": partial(number, low=low, high=high)}
 
 
 def _range(low: float = 0.0, high: float = math.inf) -> dict[str, Any]:
-    return {"kind": "range", "low": low, "high": high}
+    return {"check": partial(_checked_range, low=low, high=high)}
 
 
 def _integer(minimum: int = 1) -> dict[str, Any]:
-    return {"kind": "integer", "low": minimum}
-
-
-_FLAG = {"kind": "flag"}
-
-
-def _checked_number(what: str, given: object, low: float, high: float) -> float:
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise TypeError(f"{what} must be a number, got {type(given).__name__} {given!r}")
-    if not low <= given <= high or not math.isfinite(given):
-        raise ValueError(f"{what} must be finite and lie in [{low:g}, {high:g}], got {given}")
-    return float(given)
+    return {"check": partial(integer, minimum=minimum)}
 
 
 def _checked_range(what: str, given: object, low: float, high: float) -> Range:
     pair = (given, given) if isinstance(given, (int, float)) else given
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"{what} must be a number or a pair (low, high), got {given!r}")
-    first, last = (_checked_number(what, value, low, high) for value in pair)
+    first, last = (number(what, value, low, high) for value in pair)
     if first > last:
         raise ValueError(f"{what} must be a pair (low, high) with low <= high, got {given!r}")
     return first, last
+
+
+def _checked_flag(what: str, given: object) -> bool:
+    if not isinstance(given, bool):
+        raise TypeError(f"{what} must be true or false, got {given!r}")
+    return given
+
+
+_FLAG = {"check": _checked_flag}
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,8 @@ class _Section:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, rule = getattr(self, item.name), item.metadata
             what = f"{type(self).__name__.lower()}.{item.name}"
-            if rule["kind"] == "number":
-                value = _checked_number(what, value, rule["low"], rule["high"])
-            elif rule["kind"] == "range":
-                value = _checked_range(what, value, rule["low"], rule["high"])
-            elif rule["kind"] == "integer":
-                value = integer(what, value, rule["low"])
-            elif not isinstance(value, bool):
-                raise TypeError(f"{what} must be true or false, got {value!r}")
+            value = item.metadata["check"](what, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
 
 
@@ -227,19 +219,10 @@ class SimulationConfig:
             )
         for kind in self.structures:
             choice("structures", kind, STRUCTURES)
-        low, high = self.subhalos.mass_range
-        if low <= 0 or low > high:
-            raise ValueError(f"subhalos.mass_range must be positive, got {(low, high)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-able dictionaries and lists."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-        result: dict[str, Any] = plain(dataclasses.asdict(self))
+        result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return result
 
     @classmethod

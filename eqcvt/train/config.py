@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -230,16 +231,7 @@ def _model(what: str, given: Any) -> str:
 
 def _number(low: float, *, open_below: bool = False, high: float = FLOAT32_MAX) -> Check:
     """A check for numbers in [low, high], or in (low, high]."""
-
-    def check(what: str, given: Any) -> float:
-        value = number(what, given)
-        if value < low or value > high or (open_below and value == low):
-            above = f"above {low:g}" if open_below else f"at least {low:g}"
-            below = f" and at most {high:g}" if high < FLOAT32_MAX or value > high else ""
-            raise ValueError(f"{what} must be {above}{below}, got {given}")
-        return value
-
-    return check
+    return partial(number, low=low, high=high, open_below=open_below)
 
 
 def _path(what: str, given: Any) -> str:
