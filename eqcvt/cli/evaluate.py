@@ -160,10 +160,9 @@ def unseen(
     Raises:
         ValueError: no others are left.
     """
-    from eqcvt.train.setup import image_hashes
     from eqcvt.train.trained import seen_images
 
-    hashes, fresh = image_hashes(images), np.ones(len(images), bool)
+    fresh = np.ones(len(images), bool)
     counts: dict[str, int | None] = {}
     for name, item in found.items():
         if (seen := seen_images(item.folder)) is None:
@@ -171,7 +170,7 @@ def unseen(
             if item is not vouched:
                 note(f"warning: it is not known whether {name} was trained on images of {source}")
             continue
-        known = np.isin(hashes, seen)
+        known = np.isin(images.hashes, seen)
         fresh &= ~known
         if count := int(known.sum()):
             of = f"{count} of the {len(images)} images of {source}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 import warnings
@@ -10,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,12 @@ class LensingImages:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return int(self.images.shape[-2]), int(self.images.shape[-1])
+
+    @cached_property
+    def hashes(self) -> npt.NDArray[np.int64]:
+        """Eight bytes of a hash of each image, [N], to know it again in another set."""
+        digests = (hashlib.blake2b(i.tobytes(), digest_size=8).digest() for i in self.images)
+        return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
     def subset(self, indices: Sequence[int] | npt.NDArray[Any]) -> LensingImages:
         """Return the images at these places, in this order (a boolean mask serves as well)."""

@@ -41,7 +41,6 @@ from eqcvt.train.report import Reporter
 from eqcvt.train.schedule import learning_rate
 from eqcvt.train.setup import (
     fingerprint,
-    image_hashes,
     load_data,
     make_average,
     make_model,
@@ -191,7 +190,7 @@ class _Run:
                 self._check_best()
             else:
                 if before is not None:
-                    save_seen_images(self.folder, np.append(before, image_hashes(data)))
+                    save_seen_images(self.folder, np.append(before, data.hashes))
                 checkpoint.save(self.folder / LAST, self.state, config)
         self.saved_epoch = self.state.progress.epoch
 

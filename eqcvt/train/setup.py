@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.optim import Adam, AdamW, Optimizer
 
 from eqcvt.data import LensingImages, load, split
@@ -47,19 +46,13 @@ def load_data(config: TrainConfig) -> tuple[LensingImages, LensingImages]:
     if lacking or len(data.classes) < 2:
         names = ", ".join(repr(data.classes[label]) for label in lacking) or "a second class"
         raise ValueError(f"there are no training images of {names} (data={config.data!r})")
-    if twice := int(np.isin(image_hashes(held_out), image_hashes(data)).sum()):
+    if twice := int(np.isin(held_out.hashes, data.hashes).sum()):
         text = f"{twice} of the {len(held_out)} validation images are training images too"
         if not drawn:
             where = f"data={config.data!r}, val_data={config.val_data!r}"
             raise ValueError(f"{text} ({where}): leave them out of one of the two")
         warnings.warn(f"{text}: {config.data} holds images twice", stacklevel=2)
     return data, held_out
-
-
-def image_hashes(data: LensingImages) -> NDArray[np.int64]:
-    """Eight bytes of a hash of each image, int64 [N], to know it again in another set."""
-    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in data.images)
-    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
 
 def fingerprint(*sets: LensingImages) -> str:

@@ -46,7 +46,7 @@ def model_folder(path: Path, *, last: bool = False) -> Path:
 
 
 def seen_images(folder: Path) -> NDArray[np.int64] | None:
-    """Return the ``image_hashes`` of what the model in a checkpoint folder was trained on.
+    """Return the ``LensingImages.hashes`` of what the model in a checkpoint folder was trained on.
 
     They are in its run, or beside a model that comes with the package; None where not known.
 

@@ -13,7 +13,6 @@ import torch
 
 import eqcvt
 from eqcvt.data import LensingImages, load
-from eqcvt.train.setup import image_hashes
 from eqcvt.train.trained import seen_images
 from tests.cli.conftest import SIZE, TRAIN, invoke
 
@@ -86,7 +85,7 @@ def test_images_that_any_model_was_trained_on_are_left_out(
         assert list(found["trained_on"].values()) == counts
         assert {result["n"] for result in found["models"].values()} == {14}
     data = load(images)
-    seen = np.isin(image_hashes(data), seen_images(run_folder / "best"))
+    seen = np.isin(data.hashes, seen_images(run_folder / "best"))
     given = ("--data", saved(data.subset(seen), tmp_path / "seen.npz"), "--no-pictures")
     assert "on all 36 images" in invoke("evaluate", run_folder, *given, code=2).stderr
 

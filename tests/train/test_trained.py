@@ -12,7 +12,6 @@ import torch
 import eqcvt
 from eqcvt.data import load
 from eqcvt.train import TrainConfig, train
-from eqcvt.train.setup import image_hashes
 from eqcvt.train.trained import class_names, model_folder, seen_images, start_from
 from tests.train.rings import TINY, config
 
@@ -87,7 +86,7 @@ def test_what_a_run_was_trained_on_is_not_known_after_a_start_from_who_knows_wha
     best = train(run, quiet=True).folder / "best"
     seen, data = seen_images(best), load(run.data)
     assert seen is not None
-    assert sorted(seen) == sorted(image_hashes(data))
+    assert sorted(seen) == sorted(data.hashes)
     _saved(tmp_path / "m")
     train(replace(run, init=str(tmp_path / "m")), overwrite=True, quiet=True)
     assert seen_images(best) is None
@@ -100,7 +99,7 @@ def test_a_run_from_a_shipped_model_knows_the_images_of_both(tmp_path: Path) -> 
     assert before is not None
     assert len(before) == 9000
     assert seen is not None
-    assert set(seen) == {*before, *image_hashes(load(run.data))}
+    assert set(seen) == {*before, *load(run.data).hashes}
 
 
 def test_names(tmp_path: Path) -> None:
