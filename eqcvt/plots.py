@@ -65,12 +65,13 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
     return figure
 
 
-def roc_curves(results: Mapping[str, Mapping[str, Any]], *, positive: int = -1) -> Figure:
-    """True- against false-positive rate for each model and class.
+def roc_curves(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """True- against false-positive rate for each model and class; of two classes for the second.
+
+    The curves of two classes mirror each other.
 
     Args:
         results: for each model's name what ``eqcvt.train.evaluate`` returned.
-        positive: with two classes their curves mirror each other and only this one is drawn.
 
     Returns:
         A figure with one axes.
@@ -79,7 +80,7 @@ def roc_curves(results: Mapping[str, Mapping[str, Any]], *, positive: int = -1) 
     axes = figure.subplots()
     for i, (name, result) in enumerate(results.items()):
         classes = list(result["classes"])
-        drawn = range(len(classes)) if len(classes) > 2 else [positive % len(classes)]
+        drawn = range(len(classes)) if len(classes) > 2 else [len(classes) - 1]
         for j in drawn:
             curve = result["roc"][j]
             what = f"{name}, {classes[j]}" if len(classes) > 2 else name
@@ -243,11 +244,12 @@ def attention_maps(
     token_grids: Sequence[tuple[tuple[int, int], tuple[int, int]]],
     token_places: Sequence[tuple[tuple[float, int], tuple[float, int]]],
     *,
-    query: tuple[float, float] | None = None,
     pixel_scale: float | None = None,
     title: str = "",
 ) -> Figure:
     """Attention weights over one image: a row for each transformer block, a column for each head.
+
+    They are averaged over all queries.
 
     Args:
         image: ``[H, W]`` or ``[C, H, W]``.
@@ -255,8 +257,6 @@ def attention_maps(
         token_grids: for each stage ``((Hq, Wq), (Hk, Wk))`` with ``N = Hq Wq`` and ``M = Hk Wk``.
         token_places: for each stage the pixel of the first query and the pixels to the next, and
             the same of its keys, as the model's ``token_places``.
-        query: place ``(x, y)`` in fractions of the image, whose nearest token asks; None averages
-            over all.
         pixel_scale: arc seconds per pixel; None labels the axes in pixels.
         title: text above the picture.
 
@@ -282,21 +282,12 @@ def attention_maps(
 
     for row, block in enumerate(weights):
         stage = _stage_of(block, token_grids)
-        ((hq, wq), (hk, wk)), (asking, asked) = token_grids[stage], token_places[stage]
-        if query is None:
-            chosen = block.mean(dim=1)
-        else:
-            column = _nearest(query[0] * width, asking, wq)
-            chosen = block[:, _nearest(query[1] * height, asking, hq) * wq + column]
-        relative = (chosen * (hk * wk)).reshape(-1, hk, wk).cpu().numpy()
+        (_, (hk, wk)), (_, (first, step)) = token_grids[stage], token_places[stage]
+        relative = (block.mean(dim=1) * (hk * wk)).reshape(-1, hk, wk).cpu().numpy()
         grid[row, 0].imshow(picture, cmap="gray", extent=extent)
         grid[row, 0].set_ylabel(f"block {row + 1}\ny ({unit})", fontsize=8)
         if row == 0:
             grid[row, 0].set_title("image", fontsize=9)
-        if query is not None:
-            at = (x_at(query[0] * width), y_at(query[1] * height))
-            grid[row, 0].plot(*at, "+", color=COLOURS[4], markersize=10)
-        first, step = asked
         edge = first + 0.5 - step / 2  # of the first key's square
         covered = (x_at(edge), x_at(edge + wk * step), y_at(edge + hk * step), y_at(edge))
         shown = None
@@ -325,8 +316,8 @@ def attention_maps(
         axes.tick_params(labelsize=7)
     for axes in grid[-1]:
         axes.set_xlabel(f"x ({unit})", fontsize=8)
-    whose = "averaged over all queries" if query is None else "of the query at the cross"
-    figure.suptitle(f"{title}{': ' if title else ''}attention {whose}", fontsize=10)
+    what = "attention averaged over all queries"
+    figure.suptitle(f"{title}: {what}" if title else what, fontsize=10)
     return figure
 
 
@@ -406,12 +397,6 @@ def _picture(
         return array, (0.0, float(width), float(height), 0.0), "pixels"
     x, y = width * pixel_scale / 2, height * pixel_scale / 2
     return array, (-x, x, -y, y), "arcsec"
-
-
-def _nearest(pixels: float, places: tuple[float, int], count: int) -> int:
-    """Return which of ``count`` tokens is nearest to a place, in pixels from the image's edge."""
-    first, step = places
-    return min(max(round((pixels - 0.5 - first) / step), 0), count - 1)
 
 
 def _stage_of(block: Tensor, token_grids: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> int:

@@ -86,29 +86,15 @@ def test_logits_polar(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "axes"), [("eqcvt_c4", 2 * 4 + 2), ("cvt", 3 * 4 + 3)])
-@pytest.mark.parametrize("query", [None, (0.5, 0.25)])
-def test_attention_maps(
-    name: str, axes: int, query: tuple[float, float] | None, tmp_path: Path
-) -> None:
+def test_attention_maps(name: str, axes: int, tmp_path: Path) -> None:
     model = eqcvt.create_model(name, in_channels=1, num_classes=2, image_size=33).eval()
     image = torch.rand(1, 1, 33, 33)
     maps = model.attention_maps(image)
     tokens = model.token_grids, model.token_places
-    figure = plots.attention_maps(image[0], maps, *tokens, query=query, pixel_scale=0.06)
+    figure = plots.attention_maps(image[0], maps, *tokens, pixel_scale=0.06)
     written(figure, tmp_path)
     assert len(figure.axes) == axes
     assert any("arcsec" in a.get_xlabel() for a in figure.axes)
-
-
-def test_attention_of_a_chosen_query_is_its_row(tmp_path: Path) -> None:
-    weights = torch.zeros(1, 4, 9)
-    weights[0, 3, 4] = 1
-    # Queries on the pixels 1 and 4, so that 3 from the edge is as near to both.
-    tokens = [((2, 2), (3, 3))], [((1, 3), (0, 3))]
-    for asked, found in (((0.9, 0.9), 9), ((0.4, 0.4), 9), ((0.4, 0.35), 0), ((0.35, 1), 0)):
-        figure = plots.attention_maps(np.eye(8), [weights], *tokens, query=asked)
-        shown = figure.axes[1].images[0].get_array()
-        assert (shown[1, 1], shown.sum()) == (found, found)
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
