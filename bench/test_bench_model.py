@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import blocks, models
-from bench.cases import STANDARD, WITHOUT_ESCNN, Case, both
+from bench.cases import WITHOUT_ESCNN, Case, both
 from bench.conftest import Measure, Record
 from bench.timing import Function
 from eqcvt.models.cvt import BASELINE_STAGES
@@ -100,7 +100,7 @@ def cases(device: str) -> list[Case]:
             shape=shape,
             dtype=main_dtype,
             level="full",
-            implementations=STANDARD[1:],
+            implementations=WITHOUT_ESCNN,
         )
     return result
 

@@ -23,7 +23,6 @@ EXTRA_HELP = {
     "tensorboard": "also write TensorBoard's files",
     "step_gamma": "factor of the step schedule",
 }
-SWITCHES = ("deterministic", "compile", "cuda_graph", "sync_batch_norm", "tensorboard")
 
 
 def _helps() -> dict[str, str]:
@@ -47,7 +46,7 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
         kind: Any = hints[item.name]
         if item.name == "model_kwargs":
             flag, kind = "--model-arg", list[str]
-        elif item.name in SWITCHES:
+        elif kind is bool:
             flag += f"/--no-{flag[2:]}"
         option = typer.Option(flag, help=helps.get(item.name, ""), show_default=False)
         if item.name == "model_kwargs":

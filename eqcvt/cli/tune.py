@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from eqcvt.cli.app import app, console, note
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from eqcvt.tune.record import Record
 
 
@@ -48,11 +50,6 @@ def tune(
     done here only. The same command goes on where one that was interrupted ended. Exit code 1:
     kernels are wrong.
     """
-    import os
-
-    import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from eqcvt import tune as tuning
     from eqcvt.ops import _backend, _proof
 
@@ -123,8 +120,6 @@ def tune(
 
 def _checks(record: Record) -> Table:
     """Return a table of the checks: the largest error over the one that is allowed."""
-    from rich.table import Table
-
     table = Table("kernels", "error / allowed", "why not", title="Checks", title_justify="left")
     for name, check in record.content["checks"].items():
         error = "-" if check["error"] is None else f"{check['error']:.2f}"
@@ -134,8 +129,6 @@ def _checks(record: Record) -> Table:
 
 def _times(record: Record) -> Table:
     """Return a table of the launches that were timed."""
-    from rich.table import Table
-
     table = Table("launch", title="Milliseconds in a training step at batch 128")
     table.title_justify = "left"
     for name in ("before", "after", "refused"):

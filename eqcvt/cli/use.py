@@ -74,7 +74,6 @@ def convert(
     the published ones.
     """
     from eqcvt._files import replacing_folder
-    from eqcvt.cli.checkpoints import free
     from eqcvt.convert import load_published
 
     free(out, overwrite)

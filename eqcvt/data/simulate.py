@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -138,7 +139,7 @@ def simulate(
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=_stderr(),
+        console=Console(stderr=True),
         disable=not progress,
     ) as bar:
         left = sum(len(chunk) for chunk in todo.values())
@@ -202,12 +203,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _check_shard(shard: tuple[int, int] | None, count: int) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from typer.testing import CliRunner, Result
 from eqcvt.cli import app
 
 SIZE = 33
-Run = Callable[..., Result]
 
 
 def invoke(*arguments: object, code: int = 0) -> Result:
@@ -19,12 +17,6 @@ def invoke(*arguments: object, code: int = 0) -> Result:
     result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output + result.stderr
     return result
-
-
-@pytest.fixture
-def eqcvt_command() -> Run:
-    """The command line, as a function of its arguments."""
-    return invoke
 
 
 @pytest.fixture(scope="session")
