@@ -19,6 +19,7 @@ from eqcvt import plots
 from eqcvt.data import LensingImages, to_unit
 from eqcvt.models import VisionModel
 from eqcvt.train import evaluate, logits_over_angles, predict_logits
+from eqcvt.train.evaluate import check_fit
 from eqcvt.train.folder import OF_ALL, OF_ONE, stem
 
 Progress = Callable[[str], None]
@@ -39,28 +40,11 @@ def evaluate_models(
     """
     results = {}
     for name, model in models.items():
-        check_fit(name, model, data)
+        check_fit(model, data, name)
         progress(f"evaluating {name} on {len(data)} images")
         found = evaluate(model, data, device=device, batch_size=batch_size, rotations=True)
         results[name] = {"parameters": sum(p.numel() for p in model.parameters()), **found}
     return results
-
-
-def check_fit(name: str, model: VisionModel, data: LensingImages) -> None:
-    """Refuse images whose channels, size or classes are not the model's.
-
-    Raises:
-        ValueError: naming both.
-    """
-    config = model.config
-    side = config["image_size"]
-    for what, given, taken in (
-        ("channels", data.channels, config["in_channels"]),
-        ("classes", len(data.classes), config["num_classes"]),
-        ("pixels", "x".join(map(str, data.size)), f"{side}x{side}"),
-    ):
-        if given != taken:
-            raise ValueError(f"{name} takes images with {taken} {what}, the data have {given}")
 
 
 def origin() -> dict[str, Any]:

@@ -152,17 +152,23 @@ def model_input(model: nn.Module, images: Tensor) -> Tensor:
     return to_unit(images).to(torch.float32 if first is None else first.dtype)
 
 
-def check_channels(model: nn.Module, data: LensingImages) -> None:
-    """Refuse images whose channels are not the model's.
+def check_fit(
+    model: nn.Module, data: LensingImages, name: str = "the model", *, classes: bool = True
+) -> None:
+    """Refuse images whose channels, size or, if asked, classes are not the model's.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: naming both.
     """
-    channels = getattr(model, "config", {}).get("in_channels", data.channels)
-    if channels != data.channels:
-        raise ValueError(
-            f"the model takes images with {channels} channels, the data has {data.channels}"
-        )
+    config = getattr(model, "config", {})
+    side = config.get("image_size")
+    for what, given, taken in (
+        ("channels", data.channels, config.get("in_channels")),
+        ("classes", len(data.classes), config.get("num_classes") if classes else None),
+        ("pixels", "x".join(map(str, data.size)), side and f"{side}x{side}"),
+    ):
+        if taken not in (None, given):
+            raise ValueError(f"{name} takes images with {taken} {what}, the data have {given}")
 
 
 def _batches(
@@ -175,7 +181,7 @@ def _batches(
         )
     if len(data) == 0:
         raise ValueError("there are no images to evaluate")
-    check_channels(model, data)
+    check_fit(model, data, classes=False)
     chosen = resolve_device(device)
     model.to(chosen)
     return Batches(data, batch_size, device=chosen)

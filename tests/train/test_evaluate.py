@@ -253,7 +253,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model has 2 outputs, the data has 3 classes \(no_sub, "):
         evaluate(toy, rings(3, classes=3), device="cpu")
     toy.config["in_channels"] = 3
-    with pytest.raises(ValueError, match="takes images with 3 channels, the data has 1"):
+    with pytest.raises(ValueError, match="takes images with 3 channels, the data have 1"):
         predict_logits(toy, rings(3), device="cpu")
     toy.config["in_channels"] = 1
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:i, got 'gpu'"):
