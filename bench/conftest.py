@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import statistics
 import time
@@ -19,7 +18,7 @@ from bench import must
 from bench.cases import LEVELS, Case
 from bench.floor import Work, floor_ms
 from bench.implementations import IMPLEMENTATIONS, Refused, missing
-from bench.origin import ROOT, commit, device_name, threads, versions
+from bench.origin import ROOT, commit, device_name, stamp, threads, versions
 from bench.rows import Row, lines, save
 from bench.timing import Function, cuda_seconds, once, peak_mib, reserved_mib
 from eqcvt.convert import _escnn
@@ -183,10 +182,7 @@ def record(pytestconfig: pytest.Config, device: str) -> Record:
             "peak_mib": "" if peak is None else f"{peak:.1f}",
             "floor_share": "" if share is None else f"{share:.3f}",
             "rounds": str(len(seconds)),
-            "device": device_name(device),
-            "versions": versions(),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            **stamp(device),
         }
         pytestconfig.stash[ROWS].append(row)
         if not pytestconfig.getoption("--quick"):

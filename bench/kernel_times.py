@@ -10,7 +10,6 @@ files of this folder do that.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from bench import models
 from bench.blocks import STAGES
 from bench.cases import Case
 from bench.implementations import calls, contender
-from bench.origin import commit, device_name, versions
+from bench.origin import stamp
 from bench.timing import Function, captured, cuda_seconds, peak_mib
 from eqcvt._files import write_json
 from eqcvt.models.cvt import BASELINE_STAGES
@@ -108,12 +107,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no CUDA device to time kernels on")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    origin = {
-        "device": device_name("cuda"),
-        "versions": versions(),
-        "commit": commit(),
-        "date": str(datetime.date.today()),
-    }
+    origin = stamp("cuda")
     rows: dict[str, Any] = {}
     for name, build in CASES.items():
         if options.names and not any(asked in name for asked in options.names):

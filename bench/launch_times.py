@@ -12,7 +12,6 @@ drift. ``eqcvt tune`` finds launches by itself; this answers one question in a m
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.origin import commit, device_name, versions
+from bench.origin import stamp
 from eqcvt._files import read_json, write_json, write_text
 from eqcvt.kernels import launches
 from eqcvt.kernels.launches import Launch
@@ -166,13 +165,7 @@ def main() -> None:
         return apart(op, precision, "triton", "cuda", {key: launch}, options.call or ()).reason
 
     rows: list[Row] = []
-    origin = {
-        "device": device_name("cuda"),
-        "versions": versions(),
-        "commit": commit(),
-        "date": str(datetime.date.today()),
-        "entry": key,
-    }
+    origin = {**stamp("cuda"), "entry": key}
     for row in compare(op, key, tried, images, check=check, timer=CudaTimer(), jobs=options.jobs):
         rows.append(row)
         times = "  ".join(f"{ms:.4f} ms at {count} images" for count, ms in row.ms.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 import re
 import subprocess
@@ -33,6 +34,11 @@ def device_name(device: str) -> str:
     return name
 
 
+def slug(name: str) -> str:
+    """Return a device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def threads(device: str) -> str:
     """Return the number of threads of the CPU's work; nothing on a GPU."""
     return str(torch.get_num_threads()) if device == "cpu" else ""
@@ -53,3 +59,13 @@ def commit() -> str:
     watched = [*git, "status", "--porcelain", "--", "eqcvt", "kernels", "csrc", "bench/*.py"]
     changed = subprocess.run(watched, capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def stamp(device: str) -> dict[str, str]:
+    """Return what a recorded time was measured on, with what, and when."""
+    return {
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from pathlib import Path
 
 from filelock import FileLock
 
+from bench.origin import slug
 from eqcvt._files import replacing
 
 KEY = ("case", "op", "implementation", "shape", "dtype", "threads")
@@ -46,8 +46,7 @@ def read(path: Path) -> list[Row]:
 
 def save(folder: Path, rows: list[Row]) -> None:
     """Merge rows of one device into its file."""
-    name = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
-    path = folder / f"{name}.csv"
+    path = folder / f"{slug(rows[0]['device'])}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # another run may write at the same time
         table = merged(read(path), rows)

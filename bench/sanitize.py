@@ -21,12 +21,12 @@ from typing import NamedTuple
 import torch
 
 import eqcvt
+from bench.origin import ROOT, slug
 from eqcvt import use_backend
 from eqcvt._files import write_text
 from eqcvt.ops import CannotServe, explain
 from eqcvt.tune import cases
 
-ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMAGES, SMALL = 2, 8000  # of a call at most, and numbers of its input
@@ -155,8 +155,8 @@ def main() -> None:
     todo = [(tool, b, op) for tool in TOOLS for b in backends for op in cases.CALLS]
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = list(pool.map(lambda each: watch(sanitizer, *each, options.seconds), todo))
-    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path = options.out or ROOT / "bench" / "results" / f"sanitizer-{device}.txt"
+    name = f"sanitizer-{slug(torch.cuda.get_device_name())}.txt"
+    path = options.out or ROOT / "bench" / "results" / name
     text = record(runs, sanitizer)
     write_text(path, text)
     print(text, end="")

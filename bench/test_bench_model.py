@@ -15,11 +15,11 @@ import torch
 from bench import blocks, models
 from bench.cases import WITHOUT_ESCNN, Case, both
 from bench.conftest import Measure, Record
+from bench.origin import ROOT
 from bench.timing import Function
 from eqcvt.models.cvt import BASELINE_STAGES
 from eqcvt.nn import TransformerStage
 
-ROOT = Path(__file__).resolve().parents[1]
 ALL = ("escnn", "escnn-compile", *WITHOUT_ESCNN)
 COMPILERS = (
     *("escnn", "escnn-compile", "eager", "compile", "compile-max"),
