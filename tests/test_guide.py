@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +16,14 @@ import pytest
 import torch
 from torch.distributed.run import parse_args
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from eqcvt.cli import app
 from eqcvt.data import load
 from eqcvt.train import TrainConfig
+from tests.cli.conftest import invoke
+from tests.torchrun import ROOT, torchrun
 from tests.train.rings import rings
 
-ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "examples" / "many_gpus.md").read_text(encoding="utf-8")
 SHARDS = 2
 # Added to the guide's commands, where the last option of a name wins.
@@ -83,23 +82,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if given[0] == "simulate":
                 assert given[given.index("--shard") + 1] == "3/16"
                 for i in range(SHARDS):
-                    alone([*given, "--shard", f"{i}/{SHARDS}"])
+                    invoke(*given, "--shard", f"{i}/{SHARDS}")
             elif words[0] == "torchrun":
                 together.append(given)
             else:
                 launch(together)
                 together = []
-                alone([*given, "--skip-bad"] if given[0] == "predict" else given)
+                invoke(*given, *(["--skip-bad"] if given[0] == "predict" else []))
     finally:
         os.chdir(before)
     assert not together
     return folder
-
-
-def alone(given: list[str]) -> None:
-    """Run one command in this process."""
-    result = CliRunner().invoke(app, given)
-    assert result.exit_code == 0, result.output + result.stderr
 
 
 def launch(commands: list[list[str]]) -> None:
@@ -107,24 +100,7 @@ def launch(commands: list[list[str]]) -> None:
     if not commands:
         return
     Path("commands.json").write_text(json.dumps(commands))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tests.test_guide", "commands.json"]
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as launcher:
-        try:
-            output, _ = launcher.communicate(timeout=200)
-        except BaseException:
-            # torchrun's own children would outlive it.
-            os.killpg(launcher.pid, signal.SIGTERM)
-            raise
-    assert launcher.returncode == 0, output
-    Path("output").write_text(output)
+    Path("output").write_text("".join(torchrun("tests.test_guide", "commands.json")))
 
 
 @pytest.mark.needs("caustics")

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 import eqcvt
 from eqcvt import fast
-from eqcvt.cli import app
 from eqcvt.cli.checkpoints import help_text
 from eqcvt.models import _base, registry
 from eqcvt.train.trained import SEEN
+from tests.cli.conftest import invoke
 from tests.train.rings import SIZE, TINY, rings
 
 FILES = {"model.safetensors", "config.json", "classes.json", "card.json"}
@@ -43,12 +42,6 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package without models."""
     monkeypatch.setattr(registry, "PRETRAINED", tmp_path / "weights")
-
-
-def invoke(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output + result.stderr
-    return result
 
 
 def test_models_are_loaded_by_name(shipped: Path) -> None:

@@ -327,7 +327,7 @@ def _labels(
         lacking = np.setdiff1d(np.arange(top), labels)
         if top > 1 and len(lacking):
             raise ValueError(
-                f"labels go up to {top} but lack {_few(lacking)}: number the classes from 0 "
+                f"labels go up to {top} but lack {few(lacking)}: number the classes from 0 "
                 "without a gap"
                 + (" (subtract 1)" if labels.min() == 1 and len(lacking) == 1 else "")
                 + ", or add an array 'classes' of their names"
@@ -370,22 +370,23 @@ def _join_shards(folder: Path, paths: list[Path]) -> LensingImages:
             raise ValueError(f"{folder} mixes shards of runs with {sorted(expected)} shards")
         lacking = set(range(expected.pop())) - {int(m["shard"]) for m in names if m}
         if lacking:
-            raise ValueError(f"{folder} lacks shard {_few(lacking)} of {paths[0].name[-9:-4]}")
+            raise ValueError(f"{folder} lacks shard {few(lacking)} of {paths[0].name[-9:-4]}")
     joined = join([_read_npz(path) for path in paths], [str(path) for path in paths])
     if joined.index is None:
         return joined
     values, counts = np.unique(joined.index, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"{folder} holds these images twice: index {_few(values[counts > 1])}")
+        raise ValueError(f"{folder} holds these images twice: index {few(values[counts > 1])}")
     if len(values) and all(names):
         gaps = set(range(int(values[-1]) + 1)) - set(values.tolist())
         if gaps:
-            raise ValueError(f"{folder} lacks images with index {_few(gaps)}")
+            raise ValueError(f"{folder} lacks images with index {few(gaps)}")
     return joined.subset(np.argsort(joined.index))
 
 
-def _few(numbers: Any) -> str:
-    ordered = sorted(int(number) for number in numbers)
+def few(numbers: Iterable[int]) -> str:
+    """Return numbers in their order as text, of many the first five."""
+    ordered = sorted(numbers)
     return ", ".join(map(str, ordered[:5])) + (" ..." if len(ordered) > 5 else "")
 
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from eqcvt._check import choice
 from eqcvt._files import replacing, write_json
+from eqcvt.data.files import few
 from eqcvt.predict.images import Images
 from eqcvt.predict.model import Prediction
 
@@ -155,14 +156,14 @@ class Parts:
             raise FileNotFoundError(f"{self.folder} holds no parts of {self.out.name}")
         if number is None and len(numbers) > 1:
             raise ValueError(
-                f"{self.folder} holds parts of runs with {_list(numbers)} parts: remove all but one"
+                f"{self.folder} holds parts of runs with {few(numbers)} parts: remove all but one"
             )
         number = number or numbers.pop()
         missing = set(range(number))
         missing -= {int(match[1]) for match in there if match and int(match[2]) == number}
         if missing:
             raise FileNotFoundError(
-                f"{self.folder} lacks part {_list(missing)} of {number}; once it is there, eqcvt "
+                f"{self.folder} lacks part {few(missing)} of {number}; once it is there, eqcvt "
                 f"merge {self.out} joins them"
             )
         paths = [self.path(index, number) for index in range(number)]
@@ -224,8 +225,3 @@ def _join_json(paths: Sequence[Path], file: Any) -> None:
                     file.write(separator + line.rstrip(b",\n"))
                     separator = b",\n"
     file.write(b"\n]\n" if separator == b",\n" else b"[\n]\n")
-
-
-def _list(numbers: Iterable[int]) -> str:
-    ordered = sorted(numbers)
-    return ", ".join(map(str, ordered[:5])) + (" ..." if len(ordered) > 5 else "")

@@ -12,7 +12,9 @@ class Average(AveragedModel):
 
     Torch asks the host for the number of updates at each of them, and copies it to the device. A
     CUDA graph can hold neither; here the number stays on the device and is read before the first
-    update only, which copies the model.
+    update only, which copies the model. The running statistics of batch norms are averaged as the
+    weights are: copied from the model they would belong to other weights than the ones they
+    normalise for.
 
     Args:
         model: the model to follow, on its device.

@@ -30,6 +30,7 @@ from eqcvt._files import write_json, write_text
 from eqcvt.data import Augment, Batches, LensingImages
 from eqcvt.models import VisionModel, _base, load_model
 from eqcvt.train import checkpoint
+from eqcvt.train.average import Average
 from eqcvt.train.checkpoint import Progress, State
 from eqcvt.train.config import TrainConfig
 from eqcvt.train.distributed import Process, processes
@@ -42,7 +43,6 @@ from eqcvt.train.schedule import learning_rate
 from eqcvt.train.setup import (
     fingerprint,
     load_data,
-    make_average,
     make_model,
     make_optimizer,
     summary_writer,
@@ -141,7 +141,7 @@ class _Run:
             start = start_from(model, config.init, data.classes)
             before = seen_images(model_folder(Path(config.init)))
         model.to(process.device)
-        average = make_average(model, config.ema)
+        average = Average(model, config.ema) if config.ema else None
         no_graph = _no_graph(config, process)
         graphed = config.cuda_graph and no_graph is None
         self.state = State(

@@ -1,4 +1,4 @@
-"""What a run is made of: data, model, averaged model, optimizer, TensorBoard's writer."""
+"""What a run is made of: data, model, optimizer, TensorBoard's writer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from eqcvt.data import LensingImages, load, split
 from eqcvt.data.folders import SPLITS
 from eqcvt.models import VisionModel, create_model
 from eqcvt.nn import set_backend
-from eqcvt.train.average import Average
 from eqcvt.train.config import SPLIT_SEED, TrainConfig
 
 
@@ -89,15 +88,6 @@ def make_model(config: TrainConfig, data: LensingImages) -> VisionModel:
     model = create_model(config.model, **{**config.model_kwargs, **known})
     set_backend(model, None)
     return model
-
-
-def make_average(model: VisionModel, decay: float) -> Average | None:
-    """A copy of the model that follows it as an exponential moving average; None for decay 0.
-
-    The running statistics of batch norms are averaged as the weights are: copied from the model
-    they would belong to other weights than the ones they normalise for.
-    """
-    return Average(model, decay) if decay else None
 
 
 def make_optimizer(

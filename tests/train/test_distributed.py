@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from eqcvt.models import create_model, load_model
 from eqcvt.train import TrainConfig, evaluate, train
 from eqcvt.train import setup as training_setup
 from eqcvt.train.distributed import processes
+from tests.torchrun import torchrun
 from tests.train.rings import TINY, config, without_times
-
-ROOT = Path(__file__).parents[2]
 
 
 def double_model(*arguments: Any, **keywords: Any) -> torch.nn.Module:
@@ -63,24 +60,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [config(folder, out=folder / backend, **SYNCED) for backend in usable]
     runs += [config(folder, out=folder / "alone", augment="rotate", epochs=1)]
     paths = [str(run.save(folder / f"{Path(run.out).name}.toml")) for run in runs]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tests.train.test_distributed", *paths]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as launcher:
-        try:
-            output, errors = launcher.communicate(timeout=240)
-        except BaseException:
-            # torchrun's own children would outlive it.
-            os.killpg(launcher.pid, signal.SIGTERM)
-            raise
-    assert launcher.returncode == 0, errors
+    output, _ = torchrun("tests.train.test_distributed", *paths)
     (folder / "stdout").write_text(output)
     return folder
 

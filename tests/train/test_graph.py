@@ -23,8 +23,8 @@ from eqcvt.data import Augment, Batches, to_unit
 from eqcvt.train import GraphedStep, Step, TrainConfig, train
 from eqcvt.train import graph as graph_module
 from eqcvt.train import loop as training_loop
+from eqcvt.train.average import Average
 from eqcvt.train.distributed import Process
-from eqcvt.train.setup import make_average
 from tests.train.recorder import Recorded
 from tests.train.rings import SIZE, TINY, config, rings, without_times
 
@@ -65,7 +65,7 @@ def make(
         return turn(to_unit(images)), labels
 
     made = optimizer(model.parameters(), fused=True, capturable=kind is GraphedStep)  # type: ignore[call-arg]
-    average = make_average(model, decay)  # type: ignore[arg-type]
+    average = Average(model, decay) if decay else None
     return kind(model, made, prepare=prepare, average=average, **options), batches
 
 
