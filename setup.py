@@ -190,25 +190,15 @@ def usable_cores() -> int:
 
 
 class BuildNative(build_ext):
-    """Builds ``eqcvt._native``, with ninja except on Windows."""
+    """Builds ``eqcvt._native`` with ninja."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link; on Windows (untested) with setuptools' own means, without CUDA."""
+        """Compile and link."""
         import pybind11
 
-        include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         if os.name == "nt":
-            if variable("EQCVT_CUDA", "auto", ("auto", "0", "1")) == "1":
-                refuse("EQCVT_CUDA=1 is not supported on Windows")
-            ext.include_dirs = include[:1]
-            ext.define_macros = [
-                ("EQCVT_ISA", "portable"),
-                ("EQCVT_X86", "0"),
-                ("EQCVT_VERSION", self.distribution.get_version()),
-            ]
-            ext.extra_compile_args = ["/O2", "/std:c++17", "/EHsc"]
-            super().build_extension(ext)
-            return
+            refuse(f"the native extension is for Linux and macOS; {WITHOUT}")
+        include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         if not Path(include[1], "Python.h").exists():
             refuse(
                 f"{include[1]} has no Python.h: install Python's headers (Debian, Ubuntu: "
@@ -277,8 +267,7 @@ class EditableWheel(editable_wheel):
 
 if __name__ == "__main__":
     wanted = variable("EQCVT_NATIVE", "1", ("0", "1")) == "1"
-    files = sources("bindings.cpp") + sources("cpu/*.cpp")
     setup(
-        ext_modules=[Extension("eqcvt._native", files)] if wanted else [],
+        ext_modules=[Extension("eqcvt._native", [])] if wanted else [],
         cmdclass={"build_ext": BuildNative, "editable_wheel": EditableWheel},
     )

@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 
 #include "conv_attention.h"
@@ -75,17 +74,10 @@ template <class... A> void add_cpu(py::module_& m, const std::string& name, int 
           Release());
 }
 
-// The last three arguments are a workspace, where to write its size, and a stream; those before are
-// the arguments of the CPU's launcher but for its last, the threads.
-template <class... A, class... C, size_t... I>
-void add_cuda(py::module_& m, const std::string& name, int (*f)(A...), int (*)(C...),
-              std::index_sequence<I...>) {
+// The last three arguments are a workspace, where to write its size, and a stream.
+template <class... A, size_t... I>
+void add_cuda(py::module_& m, const std::string& name, int (*f)(A...), std::index_sequence<I...>) {
     using All = std::tuple<A...>;
-    static_assert(sizeof...(A) - 3 == sizeof...(C) - 1, "CPU and CUDA launchers differ");
-    static_assert(
-        (std::is_same_v<std::tuple_element_t<I, All>, std::tuple_element_t<I, std::tuple<C...>>> &&
-         ...),
-        "CPU and CUDA launchers differ");
     m.def(("cuda_" + name).c_str(),
           [f](passed<std::tuple_element_t<I, All>>... a, uintptr_t workspace, uintptr_t stream) {
               return f(Passed<std::tuple_element_t<I, All>>::get(a)...,
@@ -103,9 +95,8 @@ void add_cuda(py::module_& m, const std::string& name, int (*f)(A...), int (*)(C
           Release());
 }
 
-template <class... A, class... C>
-void add_cuda(py::module_& m, const std::string& name, int (*f)(A...), int (*cpu)(C...)) {
-    add_cuda(m, name, f, cpu, std::make_index_sequence<sizeof...(A) - 3>());
+template <class... A> void add_cuda(py::module_& m, const std::string& name, int (*f)(A...)) {
+    add_cuda(m, name, f, std::make_index_sequence<sizeof...(A) - 3>());
 }
 
 #if EQCVT_X86
@@ -118,7 +109,7 @@ void add_cuda(py::module_& m, const std::string& name, int (*f)(A...), int (*cpu
 #define EQCVT_ADD_CPU(name) add_cpu(m, #name, eqcvt_cpu_##name##_portable);
 #endif
 #if defined(EQCVT_CUDA)
-#define EQCVT_ADD_CUDA(name) add_cuda(m, #name, eqcvt_cuda_##name, eqcvt_cpu_##name##_portable);
+#define EQCVT_ADD_CUDA(name) add_cuda(m, #name, eqcvt_cuda_##name);
 #else
 #define EQCVT_ADD_CUDA(name)
 #endif
@@ -155,10 +146,8 @@ PYBIND11_MODULE(_native, m) {
     build["version"] = EQCVT_TEXT(EQCVT_VERSION);
 #if defined(__clang__)
     build["compiler"] = "clang " __clang_version__;
-#elif defined(__GNUC__)
-    build["compiler"] = "gcc " __VERSION__;
 #else
-    build["compiler"] = "msvc";
+    build["compiler"] = "gcc " __VERSION__;
 #endif
     build["instruction_sets"] = py::tuple(built);
     build["instruction_sets_here"] = py::tuple(usable);

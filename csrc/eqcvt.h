@@ -9,8 +9,6 @@
 #include <stdint.h>
 
 #if defined(EQCVT_API) // given on the command line, to load one file alone
-#elif defined(_WIN32)
-#define EQCVT_API extern "C"
 #else
 #define EQCVT_API extern "C" __attribute__((visibility("hidden")))
 #endif
@@ -22,9 +20,11 @@ enum eqcvt_dtype { EQCVT_F32 = 0, EQCVT_F64 = 1, EQCVT_BF16 = 2, EQCVT_F16 = 3 }
 // Results of launchers; a positive value is a cudaError_t.
 enum eqcvt_status { EQCVT_OK = 0, EQCVT_NO_MEMORY = -1, EQCVT_BAD_DTYPE = -2, EQCVT_BAD_SIZE = -3 };
 
-// Declares a CPU launcher in the variants that one source is compiled to; bindings.cpp picks the
-// widest that the processor runs.
-#define EQCVT_CPU(name, ...)                                                                       \
-    EQCVT_API int eqcvt_cpu_##name##_portable(__VA_ARGS__);                                        \
-    EQCVT_API int eqcvt_cpu_##name##_avx2(__VA_ARGS__);                                            \
-    EQCVT_API int eqcvt_cpu_##name##_avx512(__VA_ARGS__)
+// Declares a launcher: the CPU's in the variants that one source is compiled to, of which
+// bindings.cpp picks the widest that the processor runs, and CUDA's.
+#define EQCVT_LAUNCHER(name, ...)                                                                  \
+    EQCVT_API int eqcvt_cpu_##name##_portable(__VA_ARGS__, int threads);                           \
+    EQCVT_API int eqcvt_cpu_##name##_avx2(__VA_ARGS__, int threads);                               \
+    EQCVT_API int eqcvt_cpu_##name##_avx512(__VA_ARGS__, int threads);                             \
+    EQCVT_API int eqcvt_cuda_##name(__VA_ARGS__, void* workspace, int64_t* workspace_bytes,        \
+                                    void* stream)

@@ -7,47 +7,21 @@
 #include "eqcvt.h"
 
 // With correlate = 0 the outputs ux [F, G, C, k, k] and ones_x [C, k, k] may be null.
-EQCVT_CPU(lift_moments, int dtype, const void* x, const void* bank, const void* mask, int64_t B,
-          int64_t C, int64_t H, int64_t W, int64_t F, int64_t G, int64_t k, int64_t stride,
-          int64_t padding, int correlate, void* mean, void* variance, void* ux, void* ones_x,
-          int threads);
-EQCVT_CPU(lift_moments_input, int dtype, const void* x, const void* bank, const void* mask,
-          const void* c1, const void* c2, int64_t B, int64_t C, int64_t H, int64_t W, int64_t F,
-          int64_t G, int64_t k, int64_t stride, int64_t padding, void* dx, int threads);
+EQCVT_LAUNCHER(lift_moments, int dtype, const void* x, const void* bank, const void* mask,
+               int64_t B, int64_t C, int64_t H, int64_t W, int64_t F, int64_t G, int64_t k,
+               int64_t stride, int64_t padding, int correlate, void* mean, void* variance, void* ux,
+               void* ones_x);
+EQCVT_LAUNCHER(lift_moments_input, int dtype, const void* x, const void* bank, const void* mask,
+               const void* c1, const void* c2, int64_t B, int64_t C, int64_t H, int64_t W,
+               int64_t F, int64_t G, int64_t k, int64_t stride, int64_t padding, void* dx);
 // arg is null without pool.
-EQCVT_CPU(lift_apply, int dtype, const void* x, const void* bank, const void* mask,
-          const void* scale, const void* shift, const void* blur, int64_t B, int64_t C, int64_t H,
-          int64_t W, int64_t F, int64_t G, int64_t k, int64_t kb, int64_t stride, int64_t padding,
-          int64_t blur_stride, int pool, void* y, void* arg, int threads);
+EQCVT_LAUNCHER(lift_apply, int dtype, const void* x, const void* bank, const void* mask,
+               const void* scale, const void* shift, const void* blur, int64_t B, int64_t C,
+               int64_t H, int64_t W, int64_t F, int64_t G, int64_t k, int64_t kb, int64_t stride,
+               int64_t padding, int64_t blur_stride, int pool, void* y, void* arg);
 // dx is null without input_gradient.
-EQCVT_CPU(lift_apply_backward, int dtype, const void* dy, const void* arg, const void* x,
-          const void* bank, const void* mask, const void* scale, const void* shift,
-          const void* blur, int64_t B, int64_t C, int64_t H, int64_t W, int64_t F, int64_t G,
-          int64_t k, int64_t kb, int64_t stride, int64_t padding, int64_t blur_stride, int pool,
-          int input_gradient, void* dbank, void* dscale, void* dshift, void* dx, int threads);
-
-EQCVT_API int eqcvt_cuda_lift_moments(int dtype, const void* x, const void* bank, const void* mask,
-                                      int64_t B, int64_t C, int64_t H, int64_t W, int64_t F,
-                                      int64_t G, int64_t k, int64_t stride, int64_t padding,
-                                      int correlate, void* mean, void* variance, void* ux,
-                                      void* ones_x, void* workspace, int64_t* workspace_bytes,
-                                      void* stream);
-EQCVT_API int eqcvt_cuda_lift_moments_input(int dtype, const void* x, const void* bank,
-                                            const void* mask, const void* c1, const void* c2,
-                                            int64_t B, int64_t C, int64_t H, int64_t W, int64_t F,
-                                            int64_t G, int64_t k, int64_t stride, int64_t padding,
-                                            void* dx, void* workspace, int64_t* workspace_bytes,
-                                            void* stream);
-EQCVT_API int eqcvt_cuda_lift_apply(int dtype, const void* x, const void* bank, const void* mask,
-                                    const void* scale, const void* shift, const void* blur,
-                                    int64_t B, int64_t C, int64_t H, int64_t W, int64_t F,
-                                    int64_t G, int64_t k, int64_t kb, int64_t stride,
-                                    int64_t padding, int64_t blur_stride, int pool, void* y,
-                                    void* arg, void* workspace, int64_t* workspace_bytes,
-                                    void* stream);
-EQCVT_API int eqcvt_cuda_lift_apply_backward(
-    int dtype, const void* dy, const void* arg, const void* x, const void* bank, const void* mask,
-    const void* scale, const void* shift, const void* blur, int64_t B, int64_t C, int64_t H,
-    int64_t W, int64_t F, int64_t G, int64_t k, int64_t kb, int64_t stride, int64_t padding,
-    int64_t blur_stride, int pool, int input_gradient, void* dbank, void* dscale, void* dshift,
-    void* dx, void* workspace, int64_t* workspace_bytes, void* stream);
+EQCVT_LAUNCHER(lift_apply_backward, int dtype, const void* dy, const void* arg, const void* x,
+               const void* bank, const void* mask, const void* scale, const void* shift,
+               const void* blur, int64_t B, int64_t C, int64_t H, int64_t W, int64_t F, int64_t G,
+               int64_t k, int64_t kb, int64_t stride, int64_t padding, int64_t blur_stride,
+               int pool, int input_gradient, void* dbank, void* dscale, void* dshift, void* dx);

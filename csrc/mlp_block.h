@@ -3,28 +3,13 @@
 
 #include "eqcvt.h"
 
-EQCVT_CPU(mlp_block_forward, int dtype, const void* x, const void* norm_weight,
-          const void* norm_bias, const void* w1, const void* b1, const void* w2, const void* b2,
-          const void* seed, int64_t B, int64_t N, int64_t D, int64_t E, double dropout, double eps,
-          void* y, int threads);
+EQCVT_LAUNCHER(mlp_block_forward, int dtype, const void* x, const void* norm_weight,
+               const void* norm_bias, const void* w1, const void* b1, const void* w2,
+               const void* b2, const void* seed, int64_t B, int64_t N, int64_t D, int64_t E,
+               double dropout, double eps, void* y);
 
-EQCVT_CPU(mlp_block_backward, int dtype, const void* dy, const void* x, const void* norm_weight,
-          const void* norm_bias, const void* w1, const void* b1, const void* w2, const void* b2,
-          const void* seed, int64_t B, int64_t N, int64_t D, int64_t E, double dropout, double eps,
-          void* dx, void* dnorm_weight, void* dnorm_bias, void* dw1, void* db1, void* dw2,
-          void* db2, int threads);
-
-EQCVT_API int eqcvt_cuda_mlp_block_forward(int dtype, const void* x, const void* norm_weight,
-                                           const void* norm_bias, const void* w1, const void* b1,
-                                           const void* w2, const void* b2, const void* seed,
-                                           int64_t B, int64_t N, int64_t D, int64_t E,
-                                           double dropout, double eps, void* y, void* workspace,
-                                           int64_t* workspace_bytes, void* stream);
-
-EQCVT_API int
-eqcvt_cuda_mlp_block_backward(int dtype, const void* dy, const void* x, const void* norm_weight,
-                              const void* norm_bias, const void* w1, const void* b1, const void* w2,
-                              const void* b2, const void* seed, int64_t B, int64_t N, int64_t D,
-                              int64_t E, double dropout, double eps, void* dx, void* dnorm_weight,
-                              void* dnorm_bias, void* dw1, void* db1, void* dw2, void* db2,
-                              void* workspace, int64_t* workspace_bytes, void* stream);
+EQCVT_LAUNCHER(mlp_block_backward, int dtype, const void* dy, const void* x,
+               const void* norm_weight, const void* norm_bias, const void* w1, const void* b1,
+               const void* w2, const void* b2, const void* seed, int64_t B, int64_t N, int64_t D,
+               int64_t E, double dropout, double eps, void* dx, void* dnorm_weight,
+               void* dnorm_bias, void* dw1, void* db1, void* dw2, void* db2);

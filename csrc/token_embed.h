@@ -4,29 +4,14 @@
 
 #include "eqcvt.h"
 
-EQCVT_CPU(token_embed_forward, int dtype, const void* x, const void* filters, const void* bias,
-          const void* norm_weight, const void* norm_bias, int64_t B, int64_t C, int64_t H,
-          int64_t W, int64_t D, int64_t k, int64_t stride, int64_t padding, double eps, void* y,
-          int threads);
+EQCVT_LAUNCHER(token_embed_forward, int dtype, const void* x, const void* filters, const void* bias,
+               const void* norm_weight, const void* norm_bias, int64_t B, int64_t C, int64_t H,
+               int64_t W, int64_t D, int64_t k, int64_t stride, int64_t padding, double eps,
+               void* y);
 
 // dx is null where the gradient of x is not wanted.
-EQCVT_CPU(token_embed_backward, int dtype, const void* dy, const void* x, const void* filters,
-          const void* bias, const void* norm_weight, const void* norm_bias, int64_t B, int64_t C,
-          int64_t H, int64_t W, int64_t D, int64_t k, int64_t stride, int64_t padding, double eps,
-          void* dx, void* dfilters, void* dbias, void* dnorm_weight, void* dnorm_bias, int threads);
-
-EQCVT_API int eqcvt_cuda_token_embed_forward(int dtype, const void* x, const void* filters,
-                                             const void* bias, const void* norm_weight,
-                                             const void* norm_bias, int64_t B, int64_t C, int64_t H,
-                                             int64_t W, int64_t D, int64_t k, int64_t stride,
-                                             int64_t padding, double eps, void* y, void* workspace,
-                                             int64_t* workspace_bytes, void* stream);
-
-EQCVT_API int eqcvt_cuda_token_embed_backward(int dtype, const void* dy, const void* x,
-                                              const void* filters, const void* bias,
-                                              const void* norm_weight, const void* norm_bias,
-                                              int64_t B, int64_t C, int64_t H, int64_t W, int64_t D,
-                                              int64_t k, int64_t stride, int64_t padding,
-                                              double eps, void* dx, void* dfilters, void* dbias,
-                                              void* dnorm_weight, void* dnorm_bias, void* workspace,
-                                              int64_t* workspace_bytes, void* stream);
+EQCVT_LAUNCHER(token_embed_backward, int dtype, const void* dy, const void* x, const void* filters,
+               const void* bias, const void* norm_weight, const void* norm_bias, int64_t B,
+               int64_t C, int64_t H, int64_t W, int64_t D, int64_t k, int64_t stride,
+               int64_t padding, double eps, void* dx, void* dfilters, void* dbias,
+               void* dnorm_weight, void* dnorm_bias);

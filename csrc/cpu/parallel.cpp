@@ -1,5 +1,8 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
+
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -9,12 +12,8 @@
 #include <thread>
 #include <vector>
 
-#if defined(__SSE2__) || defined(_M_X64)
+#if defined(__SSE2__)
 #include <xmmintrin.h>
-#endif
-#if !defined(_WIN32)
-#include <dlfcn.h>
-#include <pthread.h>
 #endif
 
 namespace {
@@ -84,7 +83,6 @@ Pool& the_pool() {
     std::lock_guard<std::mutex> lock(*pool_mutex);
     if (!pool) {
         pool = new Pool;
-#if !defined(_WIN32)
         // A forked child has none of the helpers, and locks in whatever state they were.
         static bool registered = false;
         if (!registered) {
@@ -94,7 +92,6 @@ Pool& the_pool() {
             });
             registered = true;
         }
-#endif
     }
     return *pool;
 }
@@ -111,7 +108,7 @@ OpenMP openmp;
 // of a softmax are full of them, and each costs an Intel processor some hundred cycles.
 class FlushSubnormals {
   public:
-#if defined(__SSE2__) || defined(_M_X64)
+#if defined(__SSE2__)
     FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
     ~FlushSubnormals() { _mm_setcsr(before_); }
 
@@ -154,10 +151,6 @@ void work(void* data) {
 } // namespace
 
 EQCVT_API int eqcvt_share_openmp(const char* path) {
-#if defined(_WIN32)
-    (void)path;
-    return 0;
-#else
     void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
     if (!library) return 0;
     OpenMP found;
@@ -171,7 +164,6 @@ EQCVT_API int eqcvt_share_openmp(const char* path) {
     if (!openmp.parallel) pthread_atfork(nullptr, nullptr, [] { openmp = OpenMP(); });
     openmp = found;
     return 1;
-#endif
 }
 
 EQCVT_API void eqcvt_parallel(int threads, void (*task)(void*, int, int), void* context) {
@@ -189,17 +181,7 @@ EQCVT_API void* eqcvt_allocate(size_t bytes) {
     constexpr size_t alignment = 64;
     size_t size = (bytes + alignment - 1) / alignment * alignment;
     if (size < bytes) return nullptr;
-#if defined(_WIN32)
-    return _aligned_malloc(size ? size : alignment, alignment);
-#else
     return std::aligned_alloc(alignment, size ? size : alignment);
-#endif
 }
 
-EQCVT_API void eqcvt_free(void* memory) {
-#if defined(_WIN32)
-    _aligned_free(memory);
-#else
-    std::free(memory);
-#endif
-}
+EQCVT_API void eqcvt_free(void* memory) { std::free(memory); }
