@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from huggingface_hub import hub_mixin
 
 import eqcvt
 from eqcvt import CvT, EqCvT, fast
@@ -62,6 +65,52 @@ def test_saved_models_load_again(tmp_path: Path) -> None:
             assert torch.equal(loaded(x), model(x))
         quick = getattr(fast, type(model).__name__).from_pretrained(folder)
         torch.testing.assert_close(quick(x), model(x))
+
+
+def test_a_folder_never_has_the_class_names_of_an_older_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tmp_path / "classes.json"
+    replace, beside = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        replace(source, target)
+        beside.append((target.name, names.exists()))
+
+    monkeypatch.setattr(os, "replace", watched)
+    model = EqCvT(1, image_size=33)
+    model.classes = ("no_sub", "sub")
+    model.save_pretrained(tmp_path)
+    model.reset_classifier(2)
+    model.save_pretrained(tmp_path)
+    assert beside[-2:] == [("model.safetensors", False), ("config.json", False)]
+    assert eqcvt.load_model(tmp_path).classes is model.classes is None
+
+
+def test_models_of_the_hub_have_their_class_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--me--lens"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    model = EqCvT(1, image_size=33)
+    for names in (None, ("no_sub", "sub")):
+        model.classes = names
+        model.save_pretrained(repository / "snapshots" / ("0" * 40))
+        loaded = EqCvT.from_pretrained("me/lens", cache_dir=tmp_path, local_files_only=True)
+        assert loaded.classes == names
+    api = MagicMock()
+    api.return_value.create_repo.return_value.repo_id = "me/lens"
+    monkeypatch.setattr(hub_mixin, "HfApi", api)
+    model.push_to_hub("me/lens")
+    # What is uploaded in the same commit is not deleted.
+    assert api.return_value.upload_folder.call_args.kwargs["delete_patterns"] == "classes.json"
+
+
+def test_a_model_is_loaded_to_a_device_or_its_name(tmp_path: Path) -> None:
+    EqCvT(1, image_size=33).save_pretrained(tmp_path)
+    for device in ("cpu", torch.device("cpu")):
+        assert EqCvT.from_pretrained(tmp_path, map_location=device).head.classifier.bias.is_cpu
 
 
 def _damage(folder: Path, what: str) -> None:

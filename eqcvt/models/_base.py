@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from eqcvt import _check, _files
@@ -84,8 +85,8 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
     Attributes:
         config: the constructor's arguments and the class name under ``"architecture"``, as JSON.
-        classes: names of the classes of a model that was loaded from a folder, the package or a
-            run; None where they are not known.
+        classes: names of the classes of a model that was loaded from a folder, the package, a run
+            or the Hub; None where they are not known.
         conversion_residual: for a converted model the relative residual of the filters in this
             package's basis; None otherwise.
         token_grids: for each stage the grid of its queries and of its keys, ``((H, W), (H, W))``.
@@ -292,7 +293,7 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
     ) -> str | None:
         """Write ``model.safetensors`` and ``config.json`` to a folder, each whole or not at all.
 
-        And ``classes.json``, where the model knows the names of its classes.
+        And ``classes.json``, where the model knows the names of its classes; an older one goes.
 
         Args:
             save_directory: the folder.
@@ -315,6 +316,8 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         with _files.replacing(folder / WEIGHTS) as path:
             state = {key: value.contiguous() for key, value in self.state_dict().items()}
             _files.write_tensors(path, state, {"format": "pt"})
+            # New weights never stand beside the names of an older model's classes.
+            (folder / CLASSES).unlink(missing_ok=True)
         _files.write_text(folder / CONFIG, config)
         if self.classes is not None:
             _files.write_text(folder / CLASSES, json.dumps(self.classes) + "\n")
@@ -327,6 +330,11 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the model to the Hub (``kwargs`` are ``huggingface_hub``'s), as it is saved."""
+        kwargs.setdefault("delete_patterns", CLASSES)  # unless this model brings its own
+        return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -370,15 +378,14 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        map_location: str = "cpu",
+        map_location: str | torch.device = "cpu",
         strict: bool = True,
         **model_kwargs: Any,
     ) -> M:
-        local = os.path.isdir(model_id)
-        paths = [
-            Path(model_id, name)
-            if local
-            else Path(
+        def file(name: str) -> Path:
+            if os.path.isdir(model_id):
+                return Path(model_id, name)
+            return Path(
                 hf_hub_download(
                     model_id,
                     name,
@@ -389,18 +396,18 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
                     token=token,
                 )
             )
-            for name in (CONFIG, WEIGHTS)
-        ]
-        architecture = read_config(paths[0])["architecture"]
+
+        config, weights = file(CONFIG), file(WEIGHTS)
+        architecture = read_config(config)["architecture"]
         if architecture != cls.__name__:
             raise ValueError(
                 f"{model_id} holds the architecture {architecture}, not {cls.__name__}; "
                 f"eqcvt.load_model loads either"
             )
         model = cls(**model_kwargs).to(map_location)
-        model.load_state_dict(read_weights(paths[1], map_location), strict=strict)
-        if local:
-            model.name_classes(paths[1].parent)
+        model.load_state_dict(read_weights(weights, str(map_location)), strict=strict)
+        with suppress(EntryNotFoundError):  # a repository that does not name them
+            model.name_classes(file(CLASSES).parent)
         return model.eval()
 
 
