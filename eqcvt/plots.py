@@ -264,8 +264,10 @@ def attention_maps(
         A figure with ``len(maps) x (1 + most heads)`` axes and a colour bar for each row.
 
     Raises:
-        ValueError: a block's map fits none of ``token_grids``.
+        ValueError: a block's map fits none of ``token_grids``, or is of several images.
     """
+    for several in (len(m) for m in maps if m.ndim == 4 and len(m) != 1):
+        raise ValueError(f"the attention maps are of {several} images: give [m[:1] for m in maps]")
     weights = [m.detach().float().reshape(-1, *m.shape[-2:]) for m in maps]
     columns = 1 + max(m.shape[0] for m in weights)
     figure = Figure(figsize=(2.5 * columns + 0.9, 2.5 * len(weights) + 0.6), layout="constrained")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +77,29 @@ def test_a_loaded_model_names_its_classes(model: eqcvt.EqCvT, images: Path, tmp_
 def test_arrays_are_sent_to_the_model_itself(model: eqcvt.EqCvT) -> None:
     for array in (np.ones((2, 9, 9)), torch.ones(2, 9, 9)):
         with pytest.raises(TypeError, match=f"got {type(array).__name__}: a model takes arrays it"):
-            next(predict(model, array))  # type: ignore[arg-type]
+            predict(model, array)  # type: ignore[arg-type]
+
+
+def test_an_array_is_told_what_the_same_file_is(model: eqcvt.EqCvT, images: Path) -> None:
+    array = rings(6).images.astype(">f4")
+    np.savez(images, images=array)
+    with torch.no_grad():
+        told = model.eval()(eqcvt.data.to_unit(array)).softmax(dim=1)
+    for prediction, row in zip(predict(model, images), told, strict=True):
+        assert list(prediction.probabilities.values()) == pytest.approx(row.tolist())
+
+
+@pytest.mark.parametrize("given", [torch.nn.DataParallel, lambda _: torch.nn.Linear(1, 1), str])
+def test_what_is_no_model_of_ours_is_refused(
+    model: eqcvt.EqCvT, images: Path, given: Callable[[object], eqcvt.EqCvT]
+) -> None:
+    with pytest.raises(TypeError, match=r"EqCvT or CvT, got \w+: .* DataParallel holds it as .mod"):
+        predict(given(model), images)
+
+
+def test_a_compiled_model_predicts(model: eqcvt.EqCvT, images: Path) -> None:
+    compiled = torch.compile(model, backend="eager")
+    assert list(predict(compiled, images)) == list(predict(model, images))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
@@ -83,7 +107,21 @@ def test_names_that_are_not_the_model_s_are_refused(
     model: eqcvt.EqCvT, images: Path, names: list[str]
 ) -> None:
     with pytest.raises(ValueError, match=rf"has 2 classes, got {len(names)} names: \['a'"):
-        next(predict(model, [images], classes=names))
+        predict(model, [images], classes=names)
     model.reset_classifier(0)
     with pytest.raises(ValueError, match=r"no classes \(num_classes=0\): reset_classifier gives"):
-        next(predict(model, [images]))
+        predict(model, [images])
+
+
+def test_names_that_are_the_same_are_refused(model: eqcvt.EqCvT, images: Path) -> None:
+    with pytest.raises(ValueError, match=r"must differ, got \['x', 'x'\]"):
+        predict(model, images, classes=["x", "x"])
+
+
+def test_what_is_given_is_checked_at_once(model: eqcvt.EqCvT, images: Path) -> None:
+    wrong: list[dict[str, Any]] = [{"batch_size": 0}, {"amp": "fp8"}, {"fit": "cut"}]
+    for given in wrong:
+        with pytest.raises(ValueError, match=next(iter(given))):
+            predict(model, images, **given)
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        predict(model, images / "none")

@@ -464,16 +464,20 @@ def split(
     return data.subset(~held), data.subset(held)
 
 
-def to_unit(images: Tensor) -> Tensor:
+def to_unit(images: Tensor | npt.NDArray[Any]) -> Tensor:
     """Scale images to grey values in [0, 1].
 
     Args:
         images: uint8 (divided by 255) or floating (each image from its own minimum to its own
             maximum over all channels; a constant image becomes 0), [B, H, W] or [B, C, H, W].
+            Of a NumPy array other numbers, in any byte order, are taken for floating.
 
     Returns:
         float32 [B, C, H, W].
     """
+    if isinstance(images, np.ndarray):
+        kept = np.uint8 if images.dtype == np.uint8 else np.float32
+        images = torch.from_numpy(np.require(images, kept, ["C", "W"]))
     if images.ndim not in (3, 4):
         raise ValueError(
             f"images must have the shape [B, H, W] or [B, C, H, W], got {list(images.shape)}"

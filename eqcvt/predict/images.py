@@ -149,7 +149,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         if not isinstance(given, (str, Path)):
             raise TypeError(
                 f"images are files or folders, got {type(given).__name__}: a model takes arrays "
-                "itself, as model(eqcvt.data.to_unit(torch.from_numpy(array)))"
+                "itself, as model(eqcvt.data.to_unit(array))"
             )
     for path in map(Path, paths):
         if path.is_dir():

@@ -39,18 +39,26 @@ def class_names(model: VisionModel, classes: Sequence[str] = ()) -> list[str]:
     """Return the names given, or else the model's own, or ``class_0``, ``class_1``, ...
 
     Raises:
-        ValueError: another number of names than the model has classes, or a model without any.
+        ValueError: another number of names than the model has classes, two that are the same, or a
+            model without any classes.
+        TypeError: what is no ``EqCvT`` or ``CvT``, such as one in a ``DataParallel``.
     """
+    if not isinstance(getattr(model, "_orig_mod", model), VisionModel):  # torch.compile's is one
+        raise TypeError(
+            f"the model must be an EqCvT or CvT, got {type(model).__name__}: eqcvt.load_model "
+            "loads one, and a DataParallel holds it as .module"
+        )
     number = model.num_classes
     if not number:
         raise ValueError("the model has no classes (num_classes=0): reset_classifier gives it some")
     names = list(classes or model.classes or ()) or [f"class_{k}" for k in range(number)]
     if len(names) != number:
         raise ValueError(f"the model has {number} classes, got {len(names)} names: {names}")
+    if len(set(names)) < number:
+        raise ValueError(f"the names of classes must differ, got {names}")
     return names
 
 
-@torch.inference_mode()
 def predict(
     model: VisionModel,
     images: Images | str | Path | Iterable[str | Path],
@@ -63,8 +71,9 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yield a prediction for every image, in order; a few batches are in memory at a time.
 
-    Threads read the next images while the model is at work, and on a GPU the next batch is sent
-    while the last one's results come back.
+    What is given is checked, and the files are found, at once. Threads read the next images while
+    the model is at work, and on a GPU the next batch is sent while the last one's results come
+    back. An array goes to the model itself: ``model(eqcvt.data.to_unit(array))``.
 
     Args:
         model: an ``EqCvT`` or ``CvT``; its device does the work. Each batch is evaluated as in
@@ -78,19 +87,32 @@ def predict(
         readers: threads that read and decode.
 
     Raises:
-        ValueError, FileNotFoundError: as ``class_names``, ``Images.find`` and ``Images.chunks``
-            say.
+        ValueError, TypeError, FileNotFoundError: as ``class_names``, ``Images.find`` and
+            ``Images.chunks`` say.
     """
-    integer("batch_size", batch_size)
-    weights = next(model.parameters())
-    device = weights.device
-    dtype = amp_dtype(amp, device.type)
     names = class_names(model, classes)
+    integer("batch_size", batch_size)
+    dtype = amp_dtype(amp, next(model.parameters()).device.type)
     if isinstance(images, (str, Path)):
         images = [images]
     found = images if isinstance(images, Images) else Images.find(images, readers=readers)
     size, channels = model.config["image_size"], model.config["in_channels"]
     chunks = found.chunks(channels, size, fit, readers=readers)
+    return _predictions(model, chunks, names, batch_size, dtype, found.skip_bad)
+
+
+@torch.inference_mode()
+def _predictions(
+    model: VisionModel,
+    chunks: Iterable[Chunk],
+    names: Sequence[str],
+    batch_size: int,
+    dtype: torch.dtype | None,
+    skip_bad: bool,
+) -> Iterator[Prediction]:
+    """Yield the predictions of chunks of images."""
+    weights = next(model.parameters())
+    device = weights.device
     before: tuple[Chunk, Callable[[], Tensor]] | None = None
     for batch in ahead([_batches(chunks, batch_size, device)], threads=1, depth=2):
         x = _unit(batch.images.to(device, non_blocking=True)).to(weights.dtype)
@@ -101,10 +123,10 @@ def predict(
             logits = model(x)
         # The results of a batch are waited for when the next one is on its way.
         if before is not None:
-            yield from _answers(*before, names, found.skip_bad)
+            yield from _answers(*before, names, skip_bad)
         before = batch, _fetched(logits.double().softmax(dim=-1))
     if before is not None:
-        yield from _answers(*before, names, found.skip_bad)
+        yield from _answers(*before, names, skip_bad)
 
 
 def _fetched(results: Tensor) -> Callable[[], Tensor]:

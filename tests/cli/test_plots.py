@@ -145,6 +145,12 @@ def test_attention_that_fits_no_grid_is_refused() -> None:
         plots.attention_maps(np.eye(8), [torch.ones(1, 5, 9)], *tokens)
 
 
+def test_attention_of_several_images_is_refused() -> None:
+    tokens = [((2, 2), (3, 3))], [((2, 3), (0, 3))]
+    with pytest.raises(ValueError, match=r"of 2 images: give \[m\[:1\] for m in maps\]"):
+        plots.attention_maps(np.eye(8), [torch.ones(2, 1, 4, 9) / 9], *tokens)
+
+
 def test_sample_grid(tmp_path: Path) -> None:
     images = np.random.default_rng(0).random((5, 3, 16, 16))
     sure = np.array([[0.9, 0.1]] * 5)

@@ -458,6 +458,14 @@ def test_to_unit():
         to_unit(torch.zeros(2, 2))
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f2", ">u2", ">i4", "i8", "?", "u1"])
+def test_to_unit_of_arrays(dtype: str) -> None:
+    array = np.array([[[0, 1, 1], [1, 0, 1]]]).astype(dtype)
+    array.setflags(write=False)  # as a file that is mapped to memory
+    expected = torch.tensor([[[[1.0, 1, 0], [1, 0, 1]]]]) / (255 if dtype == "u1" else 1)
+    assert torch.equal(to_unit(array[..., ::-1]), expected)
+
+
 def test_the_repr_of_a_set_says_its_size_and_not_its_pixels() -> None:
     data = LensingImages(np.zeros((2, 3, 5, 5), np.uint8), np.zeros(2, np.uint8))
     assert repr(data) == "LensingImages(2x3x5x5 uint8, classes: no_sub, sub)"
