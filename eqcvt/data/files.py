@@ -476,7 +476,8 @@ def to_unit(images: Tensor | npt.NDArray[Any]) -> Tensor:
         float32 [B, C, H, W].
     """
     if isinstance(images, np.ndarray):
-        kept = np.uint8 if images.dtype == np.uint8 else np.float32
+        wide = np.float64 if images.dtype.itemsize > 2 else np.float32
+        kept = np.uint8 if images.dtype == np.uint8 else wide
         images = torch.from_numpy(np.require(images, kept, ["C", "W"]))
     if images.ndim not in (3, 4):
         raise ValueError(

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from eqcvt import native
+from eqcvt._files import read_json
 
 log = logging.getLogger("eqcvt")
 
@@ -149,10 +150,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     from eqcvt.kernels import launches
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    content = read_json(path)
     parts = ("machine", "launches", "checks")
     if not isinstance(content, dict) or not all(isinstance(content.get(p), dict) for p in parts):
         raise ValueError(f"{path} was not written by eqcvt tune: it needs {', '.join(parts)}")
