@@ -65,7 +65,10 @@ class Reader:
         """Yield the images of a group of files."""
         for path, count, start, stop in group:
             try:
-                for array in _rows(path, start, stop):
+                # Rows of a damaged archive cannot be taken back once they are yielded. Where its
+                # last row ends the run anyway, the checksum is compared there, at no cost.
+                check = self.skip_bad or stop - start < count
+                for array in _rows(path, start, stop, check=check):
                     names = _names(path, count, start, start + len(array))
                     yield self._chunk(path, names, array)
                     start += len(array)
@@ -173,13 +176,13 @@ def count_images(path: Path) -> int:
         return shape[0]
 
 
-def _rows(path: Path, start: int, stop: int) -> Iterator[NDArray[Any]]:
+def _rows(path: Path, start: int, stop: int, *, check: bool = True) -> Iterator[NDArray[Any]]:
     """Yield images ``start`` to ``stop - 1`` of a file, ``[n, C, H, W]``, uint8 or float32.
 
     A picture, ``.npy`` or FITS file is one image, read as for training, but for NaN, which may be
     cut away later. A ``.npz`` holds several, ``[N, H, W]`` or ``[N, C, H, W]``, under the key
-    ``images``, of which a few are in memory at a time; its checksum is compared only when its last
-    image is read.
+    ``images``, of which a few are in memory at a time. With ``check`` its checksum is compared
+    before the first image is yielded, and otherwise when the last one of the archive is read.
 
     Raises:
         ValueError: unreadable, or not numbers.
@@ -188,7 +191,7 @@ def _rows(path: Path, start: int, stop: int) -> Iterator[NDArray[Any]]:
         image = read_image(path, finite=False)
         yield image.reshape(1, -1, *image.shape[-2:])
         return
-    with _archive(path) as (file, dtype, shape, order):
+    with _archive(path, check=check) as (file, dtype, shape, order):
         # Only an array in C's order has its images one after the other.
         before, step = (start, ROWS) if order == "C" else (0, shape[0])
         width = dtype.itemsize * math.prod(shape[1:])
@@ -208,8 +211,10 @@ _Header = tuple[IO[bytes], np.dtype[Any], tuple[int, ...], Literal["C", "F"]]
 
 
 @contextmanager
-def _archive(path: Path) -> Iterator[_Header]:
+def _archive(path: Path, *, check: bool = False) -> Iterator[_Header]:
     """Open the array ``images`` of a ``.npz`` file: the bytes behind its header, and the header.
+
+    With ``check`` all of it is read once before, for its checksum.
 
     Raises:
         ValueError: no such array or no images; what goes wrong inside the block, with the path.
@@ -219,6 +224,10 @@ def _archive(path: Path) -> Iterator[_Header]:
             if "images.npy" not in archive.namelist():
                 held = ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"
                 raise ValueError(f"it has no array 'images'; it holds {held}")
+            if check:
+                with archive.open("images.npy") as file:
+                    while file.read(1 << 20):
+                        pass
             with archive.open("images.npy") as file:
                 read = _HEADERS.get(np.lib.format.read_magic(file))
                 if read is None:
