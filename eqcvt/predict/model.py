@@ -26,7 +26,8 @@ class Prediction:
         name: the file, followed by ``[i]`` where it holds several images.
         label: name of the most probable class; empty if the image could not be read.
         probabilities: for each class's name its softmax probability; empty likewise.
-        note: how the image was made to fit the model, or why it could not be read; else empty.
+        note: how the image was made to fit the model, that it is constant, or why it could not be
+            read; else empty.
     """
 
     name: str

@@ -24,6 +24,7 @@ from eqcvt.data.files import check_shape, pixel_type
 FITS = ("crop", "pad", "resize", "refuse")
 ROWS = 32  # images of an archive that are read at a time
 SKIPPED = "skipped"
+CONSTANT = "constant image"
 
 # A file, the number of its images, and the first and the last + 1 of those to read.
 Item = tuple[Path, int, int, int]
@@ -36,7 +37,8 @@ class Chunk:
     Attributes:
         names: of each, the file, followed by ``[i]`` where it holds several images.
         images: [n, C, S, S], uint8, or float32 from 0 to 1.
-        notes: how each was made to fit the model, or why it could not be read.
+        notes: what is to be known of each: how it was made to fit the model, that it is constant,
+            or why it could not be read.
         read: whether each could be read; the others are zeros.
     """
 
@@ -80,28 +82,39 @@ class Reader:
     def _chunk(self, path: Path, names: list[str], array: NDArray[Any]) -> Chunk:
         """Return images ``[n, C, H, W]`` as the model takes them."""
         images, note = torch.from_numpy(np.require(array, requirements=["C", "W"])), ""
+        flat = _flat(images)  # of which interpolation would make noise
         # Grey values of the right size stay bytes until they are on the device.
         if images.dtype != torch.uint8 or images.shape[-2:] != (self.size, self.size):
             try:
                 images, note = fit_image(images, self.size, self.fit)
             except ValueError as error:
                 raise ValueError(f"{names[0]}: {error}") from error
+        flat |= _flat(images)
+        given = images.shape[1]
+        colour = (
+            f"has {given} channel{'s' * (given > 1)}, and the model takes {self.channels}: "
+            f"convert the image, or train a model on such images"
+        )
         # What is not finite has made other pixels of the image NaN.
-        read = images.isfinite().flatten(1).all(1).tolist()
-        if not all(read):
-            if not self.skip_bad:
-                raise ValueError(f"{names[read.index(False)]} holds NaN or infinity")
-            images[~torch.tensor(read)] = 0
-        if images.shape[1] == 3 and self.channels == 1 and (images == images[:, :1]).all():
+        finite = images.isfinite().flatten(1).all(1)
+        read = finite.clone()
+        if given == 3 and self.channels == 1:
+            read &= (images == images[:, :1]).flatten(1).all(1)
             images = images[:, :1]
-        if images.shape[1] != self.channels:
-            raise ValueError(
-                f"{path} has {images.shape[1]} channel{'s' * (images.shape[1] > 1)}, "
-                f"and the model takes {self.channels}: "
-                f"convert the image, or train a model on such images"
-            )
-        notes = [note if ok else f"{SKIPPED}: it holds NaN or infinity" for ok in read]
-        return Chunk(names, images, notes, read)
+        elif given != self.channels:
+            raise ValueError(f"{path} {colour}")
+        whys = ["holds NaN or infinity" if not ok else colour for ok in finite.tolist()]
+        if not read.all():
+            if not self.skip_bad:
+                first = read.tolist().index(False)
+                raise ValueError(f"{names[first]} {whys[first]}")
+            images[~read] = 0
+        said = (note, f"{note}; {CONSTANT}" if note else CONSTANT)
+        notes = [
+            said[same] if ok else f"{SKIPPED}: it {why}"
+            for ok, same, why in zip(read.tolist(), flat.tolist(), whys, strict=True)
+        ]
+        return Chunk(names, images, notes, read.tolist())
 
     def _unread(self, names: list[str], why: str) -> Chunk:
         """Return zeros in the place of images that could not be read."""
@@ -109,6 +122,12 @@ class Reader:
         images = torch.zeros(1, dtype=torch.uint8).expand(shape)
         note = f"{SKIPPED}: {' '.join(why.split())}"
         return Chunk(names, images, [note] * len(names), [False] * len(names))
+
+
+def _flat(images: Tensor) -> Tensor:
+    """Return which images have pixels of one value only, bool [n]."""
+    pixels = images.flatten(1)
+    return (pixels == pixels[:, :1]).all(1)
 
 
 def _names(path: Path, count: int, start: int, stop: int) -> list[str]:

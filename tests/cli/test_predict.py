@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import re
 import string
 import sys
 import threading
@@ -30,41 +28,8 @@ from eqcvt.data import load, read_image
 from eqcvt.predict import Images, Prediction, fit_image, predict, read, write_predictions
 from eqcvt.predict.ahead import ahead as work_ahead
 from eqcvt.predict.crew import Crew
-from tests.cli.conftest import SIZE, invoke
+from tests.cli.conftest import COUNT, SIZE, invoke, rows
 from tests.train.rings import TINY
-
-COUNT = 14
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model with names for its classes."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    eqcvt.EqCvT(in_channels=1, image_size=SIZE, **TINY).save_pretrained(folder)
-    (folder / "classes.json").write_text('["no_sub", "sub"]')
-    return folder
-
-
-@pytest.fixture
-def survey(tmp_path: Path) -> Path:
-    """14 images in pictures, arrays and archives."""
-    random = np.random.default_rng(0)
-    grey = random.integers(0, 255, (COUNT, SIZE, SIZE), dtype=np.uint8)
-    folder = tmp_path / "survey"
-    (folder / "b").mkdir(parents=True)
-    for i in range(4):
-        Image.fromarray(grey[i]).save(folder / f"{i}.png")
-    np.savez_compressed(folder / "b" / "seven.npz", images=grey[4:11], labels=np.zeros(7, np.uint8))
-    np.savez(folder / "one.npz", images=grey[11:12, None])
-    np.save(folder / "real.npy", grey[12].astype(np.float64))
-    np.save(folder / "wide.npy", random.integers(0, 255, (SIZE + 4, SIZE + 4), dtype=np.uint8))
-    return folder
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("number", [2, 3, COUNT + 2])
@@ -171,101 +136,6 @@ def test_parts_that_are_missing_or_of_several_runs(
     assert not out.exists()
 
 
-def test_a_bad_image_ends_the_run_and_leaves_nothing(
-    model: Path, survey: Path, tmp_path: Path
-) -> None:
-    whole = (survey / "3.png").read_bytes()
-    (survey / "3.png").write_bytes(whole[:100])
-    out = tmp_path / "out.csv"
-    arguments = ("predict", model, survey, "--out", out, "--batch-size", 1)
-    assert "cannot read" in invoke(*arguments, code=2).stderr
-    assert not out.exists()
-    assert "3.png" in invoke(*arguments, "--shard", "0/2", code=2).stderr
-    assert not list(tmp_path.glob("out.csv.parts/*"))
-    (survey / "3.png").write_bytes(whole)
-    for i in range(2):
-        invoke(*arguments, "--shard", f"{i}/2")
-    invoke("merge", out)
-    assert len(rows(out)) == COUNT
-
-
-def damage(survey: Path) -> dict[str, str]:
-    """Spoil images; return what is to be said of each."""
-    (survey / "0.png").write_bytes(b"\x89PNG")
-    (survey / "0a.npz").write_bytes(b"no archive")
-    nan = np.full((2, SIZE, SIZE), 0.5, np.float32)
-    nan[1, 3, 3] = np.nan
-    np.savez(survey / "0b.npz", images=nan)
-    np.savez(survey / "0f.npz", images=np.zeros((2, SIZE, SIZE, 3), np.uint8))
-    np.save(survey / "0c.npy", np.arange(3 * SIZE * SIZE, dtype=np.float32).reshape(3, SIZE, SIZE))
-    np.save(survey / "0d.npy", np.zeros((5, 5), np.uint8))
-    np.save(survey / "0e.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with (survey / "one.npz").open("r+b") as file:
-        file.seek(600)
-        file.write(b"\0\1\2\3")
-    return {
-        "0.png": "cannot read",
-        "0a.npz": "cannot read .*0a.npz: File is not a zip file",
-        "0b.npz[1]": "it holds NaN or infinity",
-        "0c.npy": "has 3 channels, and the model takes 1",
-        "0d.npy": "the image is 5x5, smaller than the model's 33x33",
-        "0e.npy": "pickled Python objects",
-        "0f.npz": r"channels first, got \(2, 33, 33, 3\): save np.moveaxis",
-        "one.npz": "Bad CRC-32",
-    }
-
-
-@pytest.mark.parametrize("number", [1, 3])
-def test_bad_images_are_passed_over_where_asked(
-    model: Path, survey: Path, tmp_path: Path, number: int
-) -> None:
-    good = tmp_path / "good.csv"
-    invoke("predict", model, survey, "--out", good)
-    bad, out = damage(survey), tmp_path / "out.csv"
-    arguments = ("predict", model, survey, "--out", out, "--skip-bad", "--batch-size", 4)
-    if number == 1:
-        text = invoke(*arguments).stderr
-    else:
-        for i in range(number):
-            invoke(*arguments, "--shard", f"{i}/{number}")
-        text = invoke("merge", out).stderr
-    assert f"warning: {len(bad)} of {COUNT + 7} images could not be read" in text
-    found = {Path(row["file"]).name: row for row in rows(out)}
-    assert len(found) == COUNT + 7
-    for name, why in bad.items():
-        row = found.pop(name)
-        assert (row["class"], row["no_sub"], row["sub"]) == ("", "", "")
-        assert row["note"].startswith("skipped: ")
-        assert re.search(why, row["note"]), row["note"]
-    assert all(row["class"] for row in found.values())
-    for row in rows(good):
-        name = Path(row["file"]).name
-        if name in found:
-            assert float(found[name]["sub"]) == pytest.approx(float(row["sub"]), abs=1e-6)
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_damaged_archive_gives_no_image(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Any
-) -> None:
-    monkeypatch.setattr(read, "ROWS", 2)
-    path, out = tmp_path / "a.npz", tmp_path / "out.csv"
-    save(path, images=np.random.default_rng(0).random((20, SIZE, SIZE)).astype(np.float32))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 4] + bytes(99) + whole[len(whole) // 4 + 99 :])
-    arguments = ("predict", model, path, "--out", out)
-    for shard in ((), ("--shard", "0/2"), ("--shard", "1/2")):
-        assert "cannot read" in invoke(*arguments, *shard, code=2).stderr
-    invoke(*arguments, "--skip-bad")
-    alone = [(row["class"], row["note"]) for row in rows(out)]
-    for i in range(2):
-        invoke(*arguments, "--skip-bad", "--shard", f"{i}/2")
-    invoke("merge", out, "--overwrite")
-    assert [(row["class"], row["note"]) for row in rows(out)] == alone
-    assert len(alone) == 20
-    assert all(not label and why.startswith("skipped: cannot read") for label, why in alone)
-
-
 def test_archives_of_every_kind_are_read_alike(survey: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(1).random((70, 2, 5, 5)).astype(np.float32)
     kinds: dict[str, Any] = {
@@ -295,27 +165,6 @@ def test_images_of_every_type_are_read_alike(model: Path, tmp_path: Path, dtype:
         assert np.array_equal(found, kept[: len(found)])
     first, _, alone = predict(eqcvt.load_model(model), [tmp_path / "a.npz", tmp_path / "b.npy"])
     assert alone.probabilities == pytest.approx(first.probabilities, abs=1e-6)
-
-
-@pytest.mark.parametrize("outlier", [25500, np.nan, np.inf])
-def test_pixels_that_are_cut_away_do_not_count(model: Path, tmp_path: Path, outlier: float) -> None:
-    image = np.random.default_rng(2).random((SIZE, SIZE)).astype(np.float32)
-    star = np.pad(image, 16)
-    star[1, 1] = outlier
-    wide = star[:, 20:-20]  # to be cut in one direction and padded in the other
-    narrow = wide[16:-16]
-    for name, array in (("image", image), ("star", star), ("wide", wide), ("narrow", narrow)):
-        np.save(tmp_path / f"{name}.npy", array)
-        np.savez(tmp_path / f"{name}.npz", images=array[None])
-    net = eqcvt.load_model(model)
-    for ending in ("npy", "npz"):
-        paths = [tmp_path / f"{n}.{ending}" for n in ("image", "star", "wide", "narrow")]
-        for fit, same in (("crop", paths[:2]), ("pad", paths[:2]), ("pad", paths[2:])):
-            one, other = predict(net, same, fit=fit)
-            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
-        if not np.isfinite(outlier):
-            with pytest.raises(ValueError, match=rf"star\.{ending} holds NaN or infinity"):
-                list(predict(net, paths[1:2], fit="resize"))
 
 
 def test_images_are_scaled_by_what_the_model_sees() -> None:
