@@ -98,7 +98,7 @@ def _read_picture(path: Path) -> npt.NDArray[Any]:
                     "grey (L) or colour (RGB)"
                 )
             return np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow fails in ways of its own on damaged files
         raise ValueError(f"cannot read {path}: {error}") from error
 
 

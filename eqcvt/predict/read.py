@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,16 +255,16 @@ def _archive(path: Path, *, check: bool = False) -> Iterator[_Header]:
                     raise ValueError("'images' holds pickled Python objects, which are not read")
                 pixel_type(dtype)
                 check_shape(shape)
-                if 0 in shape:
+                if min(shape) < 1:
                     raise ValueError(f"it holds no images: their shape is {list(shape)}")
+                size = archive.getinfo("images.npy").file_size - file.tell()
+                if math.prod(shape) * dtype.itemsize != size:
+                    raise ValueError(f"'images' has {size} bytes, too few or many for {shape}")
                 yield file, dtype, shape, "F" if fortran else "C"
-    except _UNREADABLE as error:
+    except Exception as error:  # numpy and zipfile fail in many ways on damaged files
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-_UNREADABLE = (
-    ValueError, TypeError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 _HEADERS: dict[Any, Any] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 import eqcvt
+from eqcvt.data import load
 from eqcvt.predict import Images, predict, read
 from tests.cli.conftest import COUNT, SIZE, invoke, rows
 
@@ -107,6 +111,48 @@ def test_a_damaged_archive_gives_no_image(
     assert [(row["class"], row["note"]) for row in rows(out)] == alone
     assert len(alone) == 20
     assert all(not label and why.startswith("skipped: cannot read") for label, why in alone)
+
+
+def header(descr: str, shape: str) -> bytes:
+    """Return how a ``.npy`` file begins."""
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("torn.npy", header("'<f4'", "(33, 33")),
+        ("huge.npy", header("'<f4'", f"({2**20}, {2**20})")),
+        ("torn.npz", header("'<f4'", "(2, 33, 33")),
+        ("huge.npz", header("'<f4'", f"({10**9}, 33, 33)")),
+        ("less.npz", header("'<f4'", "(-3, 33, 33)")),
+        ("more.npz", header("'<f4'", "(-3, -33, 33)")),
+        ("bomb.png", b"\x89PNG\r\n\x1a\n"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_headers_that_lie_are_bad_images(
+    model: Path, tmp_path: Path, name: str, begin: bytes
+) -> None:
+    path, out = tmp_path / name, tmp_path / "out.csv"
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images.npy", begin + bytes(4 * 3 * SIZE**2))
+            archive.writestr("labels.npy", header("'|u1'", "(1,)") + b"\0")
+    elif path.suffix == ".npy":
+        path.write_bytes(begin + bytes(99))
+    else:
+        size = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 0, 0, 0, 0)
+        path.write_bytes(begin + struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size)))
+    message = invoke("predict", model, path, code=2).stderr
+    assert message.startswith(f"error: cannot read {path}")
+    invoke("predict", model, path, "--out", out, "--skip-bad")
+    (row,) = rows(out)
+    assert row["note"].startswith(f"skipped: cannot read {path}")
+    if path.suffix == ".npz":
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            load(path)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
