@@ -43,8 +43,10 @@ class Images:
         """Find files and count their images; of each ``.npz`` file the header is read.
 
         Raises:
-            FileNotFoundError, ValueError: as ``find_images``, or a header that cannot be read.
+            FileNotFoundError, ValueError: as ``find_images``, a header that cannot be read, or
+                no readers.
         """
+        integer("readers", readers)
         files = find_images(paths)
 
         def counts(group: list[Path]) -> Generator[int, None, None]:

@@ -93,7 +93,7 @@ class Parts:
         return self.folder / f"{self.out.stem}-{index:05d}-of-{number:05d}{self.out.suffix}"
 
     def finished(self, index: int, number: int, run: dict[str, Any], *, overwrite: bool) -> bool:
-        """Return whether a part is done; remove it if it is to be done again.
+        """Return whether a part is done, and need not be done again.
 
         Args:
             index, number: the part.
@@ -102,12 +102,10 @@ class Parts:
 
         Raises:
             FileExistsError: it was made of something else, and ``overwrite`` is not given.
+            ValueError: nor can it be said what it was made of, or it is not whole.
         """
         part = self.path(index, number)
-        if not part.exists():
-            return False
-        if overwrite:
-            part.unlink()
+        if overwrite or not part.exists():
             return False
         if _read_record(part)["run"] != run:
             raise FileExistsError(
@@ -126,13 +124,21 @@ class Parts:
     ) -> int:
         """Write a part and its record; return how many of its images could not be read."""
         part, failed = self.path(index, number), 0
-        with writing(part, run["classes"]) as write:
+
+        def counted() -> Iterator[Prediction]:
+            nonlocal failed
             for prediction in predictions:
                 failed += not prediction.label
-                write(prediction)
-            # Before the part itself: where both are there, both are of one run.
+                yield prediction
+
+        with replacing(part) as new, replacing(_record(part)) as record:
+            write_predictions(counted(), new, run["classes"])
             about = {"run": run, "range": [images.start, images.stop], "failed": failed}
-            write_json(_record(part), about)
+            about["bytes"] = new.stat().st_size
+            write_json(record, about)
+            # Of an older part nothing stays beside the new record, which is put there first:
+            # where both are there, both are of one run.
+            part.unlink(missing_ok=True)
         return failed
 
     def merge(self, number: int | None = None, *, overwrite: bool = False) -> tuple[int, int]:
@@ -195,16 +201,22 @@ def _read_record(part: Path) -> dict[str, Any]:
     """Return what a part was made of.
 
     Raises:
-        ValueError: it is not there, or damaged.
+        ValueError: it is not there, or damaged, or the part is not as long as it was.
     """
     path = _record(part)
+    again = "eqcvt predict --overwrite does that part again"
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"run": record["run"], "range": record["range"], "failed": record["failed"]}
+        about = {key: record[key] for key in ("run", "range", "failed")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}, which says what {part.name} was made of, cannot be read ({error!r})"
+            f"{path}, which says what {part.name} was made of, cannot be read ({error!r}): {again}"
         ) from error
+    size = part.stat().st_size
+    written = record.get("bytes", size)  # older records do not say it
+    if size != written:
+        raise ValueError(f"{part} has {size} bytes, and had {written} once written: {again}")
+    return about
 
 
 def _join_csv(paths: Sequence[Path], file: Any) -> None:

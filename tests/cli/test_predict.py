@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import eqcvt
 from eqcvt.cli import app
 from eqcvt.data import load, read_image
-from eqcvt.predict import Images, Prediction, fit_image, predict, read, write_predictions
+from eqcvt.predict import Images, Parts, Prediction, fit_image, predict, read, write_predictions
 from eqcvt.predict.ahead import ahead as work_ahead
 from eqcvt.predict.crew import Crew
 from tests.cli.conftest import COUNT, SIZE, invoke, rows
@@ -132,8 +132,44 @@ def test_parts_that_are_missing_or_of_several_runs(
     invoke(*arguments, "--shard", "1/2", "--fit", "resize")
     assert "are not of one run" in invoke("merge", out, code=2).stderr
     (tmp_path / "out.csv.parts" / "out-00001-of-00002.csv.run.json").unlink()
-    assert "says what out-00001-of-00002.csv was made of" in invoke("merge", out, code=2).stderr
+    for command in (("merge", out), (*arguments, "--shard", "1/2")):
+        message = invoke(*command, code=2).stderr
+        assert "says what out-00001-of-00002.csv was made of" in message
+        assert "--overwrite does that part again" in message
     assert not out.exists()
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_parts_that_are_not_whole_are_no_parts(
+    model: Path, survey: Path, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / f"out.{ending}"
+    arguments = ("predict", model, survey, "--out", out, "--shard")
+    for i in range(2):
+        invoke(*arguments, f"{i}/2")
+    part = Parts(out).path(1, 2)
+    whole = part.read_bytes()
+    for text in (b"", whole[: len(whole) // 2], whole[: whole.rindex(b"\n", 0, -3) + 1]):
+        part.write_bytes(text)
+        for command in (("merge", out), (*arguments, "1/2")):
+            message = invoke(*command, code=2).stderr
+            assert f"{part} has {len(text)} bytes, and had {len(whole)} once written" in message
+        assert not out.exists()
+    invoke(*arguments, "1/2", "--overwrite")
+    assert part.read_bytes() == whole
+    invoke("merge", out)
+
+
+def test_an_older_part_stays_until_the_new_one_is_whole(
+    model: Path, survey: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    arguments = ("predict", model, survey, "--out", out, "--shard", "0/2")
+    invoke(*arguments)
+    before = {path: path.read_bytes() for path in Parts(out).folder.iterdir()}
+    (survey / "0.png").write_bytes(b"no picture")
+    assert "cannot read" in invoke(*arguments, "--overwrite", code=2).stderr
+    assert {path: path.read_bytes() for path in Parts(out).folder.iterdir()} == before
 
 
 def test_archives_of_every_kind_are_read_alike(survey: Path, tmp_path: Path) -> None:
