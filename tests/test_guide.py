@@ -142,6 +142,7 @@ def test_the_batch_script_is_sound() -> None:
     assert parsed["batch_size"] % (nodes * processes) == 0
     (copy,) = [words for words in lines("bash") if "cp" in words]
     assert parsed["data"] == copy[-1]
+    assert "SLURM" not in copy[-1]  # another path would be another survey
 
 
 def parse(given: list[str]) -> dict[str, object]:

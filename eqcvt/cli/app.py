@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -38,10 +42,28 @@ def _show_warning(
     note(f"warning: {' '.join(str(message).split())}")
 
 
+@contextmanager
+def as_interrupt(number: signal.Signals) -> Iterator[None]:
+    """Let a signal end the block as Ctrl-C does, so that nothing half done stays behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 class _Group(TyperGroup):
     """A group of commands that turns expected exceptions into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            # A name that the terminal cannot show ends no command whose work is done.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning

@@ -84,12 +84,15 @@ def distinct(models: list[Loaded]) -> dict[str, Loaded]:
     return result
 
 
-def free(path: Path, overwrite: bool) -> None:
+def free(path: Path, overwrite: bool, *, folder: bool = False) -> None:
     """Refuse a path that exists, and is no empty folder, unless it may be replaced.
 
     Raises:
         FileExistsError: naming the option that allows it.
+        IsADirectoryError: a folder where a file is to be, unless ``folder``.
     """
+    if path.is_dir() and not folder:
+        raise IsADirectoryError(f"{path} is a folder: give the path of a file")
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise FileExistsError(f"{path} exists: give another path, or --overwrite to replace it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from eqcvt.cli.app import app, console, note
+from eqcvt.cli.app import app, as_interrupt, console, note
 from eqcvt.cli.checkpoints import Loaded, free, load
 from eqcvt.cli.simulate import shard
 from eqcvt.cli.use import DeviceOption, LastOption, ModelArgument
@@ -78,11 +79,12 @@ def predict(
     index, number = (0, 1) if part is None else shard(part)
     crew = Crew()
     index, number = index * crew.size + crew.rank, number * crew.size
-    if out is None and number > 1:
+    alone = part is None and crew.size == 1
+    if out is None and not alone:
         raise ValueError("several parts make a file: say which with --out FILE")
-    if out is not None and number == 1:
-        free(out, overwrite)
-    with crew.work():
+    if out is not None:
+        free(out, overwrite or not alone)  # merging compares what is there
+    with as_interrupt(signal.SIGTERM), crew.work():
         found = load(model, last=last, device=device)
         names = class_names(found.model)
         everything = Images.find(images, skip_bad=skip_bad, readers=readers)
@@ -97,7 +99,7 @@ def predict(
             readers=readers,
         )
         watched = _watched(predictions, len(mine), quiet=crew.rank > 0)
-        if number == 1:
+        if alone:
             _whole(watched, out, names, rows)
             return
         assert out is not None

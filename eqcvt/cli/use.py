@@ -76,7 +76,7 @@ def convert(
     from eqcvt._files import replacing_folder
     from eqcvt.convert import load_published
 
-    free(out, overwrite)
+    free(out, overwrite, folder=True)
     model = load_published(
         file,
         image_size=image_size,

@@ -71,6 +71,10 @@ OPTIONS: list[tuple[str, str]] = [
     ("predict RUN IMAGES --out OUT.txt", "the ending of --out must be one of '.csv', '.json'"),
     ("predict RUN IMAGES --shard 0/2", "several parts make a file: say which with --out FILE"),
     ("predict RUN IMAGES --out OUT.csv --shard 2/2", "--shard must be i/n .*got '2/2'"),
+    ("predict RUN IMAGES --shard 0/1", "several parts make a file: say which with --out FILE"),
+    ("predict RUN IMAGES --out FOLDER.csv", "folder.csv is a folder: give the path of a file"),
+    ("predict RUN IMAGES --out FOLDER.csv --shard 0/2 --overwrite", "folder.csv is a folder"),
+    ("export RUN FOLDER.pt2 --overwrite", "folder.pt2 is a folder: give the path of a file"),
     ("predict RUN IMAGES --amp half", "amp must be one of 'off', 'bf16', 'fp16', got 'half'"),
     ("predict RUN IMAGES --amp fp16 --device cpu", "amp='fp16' needs a GPU"),
     ("merge OUT.csv", "out.csv.parts holds no parts of out.csv"),
@@ -101,6 +105,9 @@ def places(images: Path, run_folder: Path, tmp_path: Path) -> dict[str, Path]:
     (found["DAMAGED"] / "model.safetensors").write_bytes(b"12345678")
     found["EMPTY"] = tmp_path / "empty"
     found["EMPTY"].mkdir()
+    found["FOLDER"] = tmp_path / "folder"
+    for ending in (".csv", ".pt2"):
+        found["FOLDER"].with_suffix(ending).mkdir()
     arrays: dict[str, Any] = {
         "SMALL": np.zeros((20, 20), np.uint8),
         "RGB": np.arange(3 * SIZE * SIZE, dtype=np.float32).reshape(3, SIZE, SIZE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import string
 import sys
 import threading
@@ -32,7 +33,7 @@ from tests.cli.conftest import COUNT, SIZE, invoke, rows
 from tests.train.rings import TINY
 
 
-@pytest.mark.parametrize("number", [2, 3, COUNT + 2])
+@pytest.mark.parametrize("number", [1, 2, 3, COUNT + 2])
 def test_parts_join_to_the_whole(model: Path, survey: Path, tmp_path: Path, number: int) -> None:
     invoke("predict", model, survey, "--out", tmp_path / "whole.csv")
     out = tmp_path / "joined.csv"
@@ -251,6 +252,37 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.stderr
         assert str(path) in result.output
         assert all(name in result.output.splitlines()[1] for name in classes)
+
+
+def test_names_that_are_no_text_are_printed(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.npy")
+    np.save(path, np.eye(SIZE))
+    for charset, name in (("utf-8", r"\udcff.npy"), ("ascii", r"\udcff.npy")):
+        arguments = ["predict", str(model), str(path)]
+        result = CliRunner(charset=charset).invoke(app, arguments)
+        assert result.exit_code == 0, result.stderr
+        assert name in result.output
+
+
+def test_a_request_to_end_leaves_nothing_half_done(
+    model: Path, survey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def image(*_: object, **__: object) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError("too late")
+
+    def too_early(*_: object) -> None:
+        raise ValueError("in the test's own handler")
+
+    monkeypatch.setattr(read, "read_image", image)
+    before = signal.signal(signal.SIGTERM, too_early)
+    try:
+        result = invoke("predict", model, survey, "--out", tmp_path / "out.csv", code=130)
+        assert signal.getsignal(signal.SIGTERM) is too_early
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in result.stderr
+    assert list(tmp_path.iterdir()) == [survey]
 
 
 def test_names_are_folded_on_a_terminal(
