@@ -17,7 +17,7 @@ SPLITS = ("train", "val")
 HELD_OUT = ("test", "valid", "validation")
 _FITS = (".fits", ".fit", ".fits.gz")
 ENDINGS = (".png", ".jpg", ".jpeg", ".npy", *_FITS)
-_SYSTEM = ("thumbs.db", "desktop.ini")
+SYSTEM = ("thumbs.db", "desktop.ini")
 
 
 def read_folder(folder: Path) -> LensingImages:
@@ -149,7 +149,7 @@ def _class_files(folder: Path) -> list[Path]:
     there = [
         path
         for path in sorted(folder.iterdir(), key=_natural)
-        if not path.name.startswith(".") and path.name.lower() not in _SYSTEM
+        if not path.name.startswith(".") and path.name.lower() not in SYSTEM
     ]
     found = [path for path in there if path.name.lower().endswith(ENDINGS) and not path.is_dir()]
     known = set(found)

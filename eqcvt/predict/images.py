@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from eqcvt._check import choice, integer
 from eqcvt.data.folders import ENDINGS as SINGLE
+from eqcvt.data.folders import SYSTEM
 from eqcvt.predict.ahead import ahead
 from eqcvt.predict.read import FITS, Chunk, Item, Reader, count_images
 
@@ -134,11 +137,26 @@ def _version(path: Path) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files at any depth in a folder, but for what is hidden."""
+    here = folder.resolve()
+    if here in above:  # a link back
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files(Path(entry.path), (*above, here))
+            else:
+                yield Path(entry.path)
+
+
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Return the files given, and for each folder the image files at any depth in it, sorted.
 
-    What begins with a dot in a folder, such as the chunks of an interrupted simulation, is passed
-    over.
+    Linked folders are searched too. What begins with a dot in a folder, such as the chunks of an
+    interrupted simulation, is passed over; of other files that are no images a warning tells.
 
     Raises:
         FileNotFoundError: a path does not exist, or a folder holds no image.
@@ -155,15 +173,17 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             )
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if p.name.lower().endswith(ENDINGS)
-                and not any(part.startswith(".") for part in p.relative_to(path).parts)
-                and not p.is_dir()
-            )
+            there = sorted(p for p in _files(path) if p.name.lower() not in SYSTEM)
+            inside = [p for p in there if p.name.lower().endswith(ENDINGS)]
             if not inside:
                 raise FileNotFoundError(f"{path} holds no image ({', '.join(ENDINGS)})")
+            if len(inside) < len(there):
+                other = next(p for p in there if not p.name.lower().endswith(ENDINGS))
+                warnings.warn(
+                    f"{path}: {len(there) - len(inside)} of its {len(there)} files are not read, "
+                    f"such as {other.relative_to(path)}; images are {', '.join(ENDINGS)} files",
+                    stacklevel=2,
+                )
             found += inside
         elif not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")

@@ -237,6 +237,26 @@ def test_what_is_hidden_and_folders_named_as_images_are_passed_over(
     assert "lost.png" in invoke("predict", model, root, code=2).stderr
 
 
+def test_linked_folders_are_searched_and_files_that_are_no_images_are_said(
+    model: Path, survey: Path, tmp_path: Path
+) -> None:
+    far, out = tmp_path / "far", tmp_path / "out.csv"
+    (far / "deep").mkdir(parents=True)
+    np.save(far / "deep" / "z.npy", np.eye(SIZE))
+    (far / "around").symlink_to(survey)
+    (survey / "linked").symlink_to(far)
+    (survey / "b" / "back").symlink_to(survey)
+    assert "not read" not in invoke("predict", model, survey, "--out", out).stderr
+    names = [row["file"] for row in rows(out)]
+    assert len(names) == len(set(names)) == COUNT + 1
+    assert str(survey / "linked" / "deep" / "z.npy") in names
+    for name in ("x.tif", "b/x.fits.fz", "far/y.txt", "Thumbs.db", ".hidden"):
+        (survey / name.replace("far", "linked")).touch()
+    message = invoke("predict", model, survey, "--out", out, "--overwrite").stderr
+    assert f"warning: {survey}: 3 of its 12 files are not read, such as b/x.fits.fz" in message
+    assert [row["file"] for row in rows(out)] == names
+
+
 def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
     torch.manual_seed(0)
     eqcvt.EqCvT(in_channels=1, image_size=SIZE, **TINY).save_pretrained(tmp_path)
