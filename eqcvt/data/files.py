@@ -158,13 +158,32 @@ def pixel_type(dtype: np.dtype[Any], what: str = "images") -> np.dtype[Any]:
     if dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2):
         return np.dtype(np.uint8 if dtype == np.uint8 else np.float32)
     raise TypeError(
-        f"{what} must be uint8, uint16 or floating, got {dtype}: save it as float32 instead"
+        f"{what} must be uint8, uint16 or floating, got {dtype}: save it as "
+        f"float{64 if dtype.itemsize > 2 else 32} instead"
     )
 
 
 def pixels(images: npt.NDArray[Any], what: str = "images") -> npt.NDArray[Any]:
-    """Return images in the type of ``pixel_type``, themselves if they have it."""
-    return images.astype(pixel_type(images.dtype, what), copy=False)
+    """Return images, one after the other, in the type of ``pixel_type``.
+
+    An image of wider numbers whose differences float32 cannot hold, as those of a pedestal of 1e9
+    or of units of 1e-50, is scaled from its own minimum to its maximum (see ``to_unit``) before.
+    """
+    kind = pixel_type(images.dtype, what)
+    if images.dtype.itemsize <= 4:
+        return images.astype(kind, copy=False)
+    each, finite = tuple(range(1, images.ndim)), np.isfinite(images)
+    low = images.min(axis=each, where=finite, initial=np.inf, keepdims=True)
+    high = images.max(axis=each, where=finite, initial=-np.inf, keepdims=True)
+    # What is larger overflows, what is smaller is rounded more than the others are, and float32
+    # has 24 bits, of which an image's own range is left 13.
+    size, span = np.maximum(-low, high), high / 2 - low / 2
+    lost = (size > np.finfo(kind).max) | (size < 1e-30) | (span < size * 2.0**-12)
+    if lost.any():
+        with np.errstate(invalid="ignore"):  # of pixels that are not finite
+            unit = (images / 2 - low / 2) / np.where(span > 0, span, 1)
+        images = np.where(lost, unit, images)
+    return images.astype(kind)
 
 
 def load(path: str | Path, split: str | None = None) -> LensingImages:
@@ -486,7 +505,7 @@ def to_unit(images: Tensor | npt.NDArray[Any]) -> Tensor:
         return images.to(torch.float32) / 255
     if not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating, got {images.dtype}")
-    images = images.to(torch.float32)
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
     low = images.amin(dim=(1, 2, 3), keepdim=True)
     span = images.amax(dim=(1, 2, 3), keepdim=True) - low
-    return (images - low) / torch.where(span > 0, span, 1)
+    return ((images - low) / torch.where(span > 0, span, 1)).to(torch.float32)

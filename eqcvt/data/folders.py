@@ -64,7 +64,7 @@ def read_image(path: str | Path, *, finite: bool = True) -> npt.NDArray[Any]:
         image = (_read_fits if path.name.lower().endswith(_FITS) else _read_picture)(path)
     if not isinstance(image, np.ndarray):
         raise ValueError(f"cannot read {path}: a .npz archive under the name of a .npy file")
-    image = pixels(image, f"{path}: an image")
+    image = pixels(image[None], f"{path}: an image")[0]
     if image.ndim == 3 and image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
         image = np.moveaxis(image, 2, 0)
     if image.ndim == 3 and image.shape[0] == 1:
@@ -124,10 +124,10 @@ def _read_fits(path: Path) -> npt.NDArray[Any]:
                 if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
                     blank, zero = (unit.header.get(name) for name in ("BLANK", "BZERO"))
                     data: npt.NDArray[Any] = unit.data
-                    # Counts are often signed, or wider than float32 is exact.
+                    # Counts are often signed.
                     if data.dtype.kind not in "iu" or data.dtype == np.uint8:
                         return data
-                    image = data.astype(np.float32)
+                    image = data.astype(np.float32 if data.dtype.itemsize <= 2 else np.float64)
                     if blank is not None:  # astropy heeds it in all but unsigned counts
                         image[data == int(blank) + int(zero or 0)] = np.nan
                     return image

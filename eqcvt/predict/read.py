@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eqcvt._check import choice
 from eqcvt.data import read_image, to_unit
-from eqcvt.data.files import check_shape, pixel_type
+from eqcvt.data.files import check_shape, pixel_type, pixels
 
 FITS = ("crop", "pad", "resize", "refuse")
 ROWS = 32  # images of an archive that are read at a time
@@ -222,7 +222,7 @@ def _rows(path: Path, start: int, stop: int, *, check: bool = True) -> Iterator[
             array = np.frombuffer(data, dtype).reshape((count, *shape[1:]), order=order)
             array = array[max(start - before, 0) : stop - before]
             before += count
-            yield array.astype(pixel_type(dtype)).reshape(len(array), -1, *shape[-2:])
+            yield pixels(array).reshape(len(array), -1, *shape[-2:])
 
 
 _Header = tuple[IO[bytes], np.dtype[Any], tuple[int, ...], Literal["C", "F"]]

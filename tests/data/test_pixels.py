@@ -1,0 +1,67 @@
+"""Images whose numbers float32 cannot tell apart are seen as if they were of plain units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eqcvt.data import load, read_image, to_unit
+from eqcvt.data.files import pixels
+from eqcvt.predict import Images
+
+RANDOM = np.random.default_rng(0)
+PLAIN = RANDOM.integers(0, 200, (3, 9, 9)).astype(np.float64)
+WIDE = {
+    "pedestal": PLAIN + 1e9,
+    "below zero": PLAIN - 1e13,
+    "tiny": PLAIN * 1e-50,
+    "small pedestal": PLAIN * 1e-50 + 1e-47,
+    "huge": PLAIN * 1e40,
+    "widest": (PLAIN - 100) * 1.7e306,
+    "counts": PLAIN.astype(np.int64) + 2**40,
+}
+
+
+def seen(images: np.ndarray) -> torch.Tensor:
+    return to_unit(torch.from_numpy(images))
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_training_and_prediction_see_them_alike(tmp_path: Path, name: str) -> None:
+    expected = seen(PLAIN.astype(np.float32))
+    images = WIDE[name]
+    paths = [tmp_path / f"{i}.{'fits' if name == 'counts' else 'npy'}" for i in range(3)]
+    for path, image in zip(paths, images, strict=True):
+        if name == "counts":
+            fits = pytest.importorskip("astropy.io.fits")
+            fits.PrimaryHDU(image).writeto(path)
+        else:
+            np.save(path, image)
+    trained = [np.stack([read_image(path) for path in paths])]
+    if name != "counts":
+        paths.append(tmp_path / "a.npz")
+        np.savez(paths[-1], images=images, labels=[0, 1, 0])
+        trained.append(load(paths[-1]).images)
+    together = torch.cat([seen(found) for found in trained])
+    torch.testing.assert_close(together, torch.cat([expected] * len(trained)), atol=1e-3, rtol=0)
+    chunks = [chunk.images for chunk in Images.find(paths).chunks(1, 9, "refuse")]
+    assert torch.equal(torch.cat(chunks), together)
+    if images.dtype == np.float64 and name != "widest":
+        torch.testing.assert_close(seen(images), expected, atol=1e-3, rtol=0)
+
+
+def test_one_of_them_changes_no_other() -> None:
+    mixed = np.concatenate([PLAIN / 7, *WIDE.values(), np.full((1, 9, 9), 1e40)])
+    mixed[1, 0, :3] = np.nan, np.inf, -np.inf
+    mixed[3, 0, :3] = np.nan, np.inf, -np.inf
+    found = pixels(mixed)
+    assert found.dtype == np.float32
+    assert np.array_equal(found[:3], mixed[:3].astype(np.float32), equal_nan=True)
+    assert (np.isfinite(found) == np.isfinite(mixed)).all()
+    assert not found[-1].any()
+    for kind in ("f2", "f4", ">f4", "u1", "u2"):
+        narrow = (PLAIN + 1e4).astype(kind)
+        assert np.array_equal(pixels(narrow), narrow.astype(np.uint8 if kind == "u1" else "f4"))
