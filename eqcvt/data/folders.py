@@ -47,7 +47,8 @@ def read_image(path: str | Path, *, finite: bool = True) -> npt.NDArray[Any]:
 
     Args:
         path: ``.png``, ``.jpg``, ``.npy`` (never unpickled) or FITS (``.fits``, ``.fit``,
-            ``.fits.gz``: the first HDU that is an image), with 1 or 3 channels.
+            ``.fits.gz``: of the HDUs that are images the one named SCI, or else the first), with 1
+            or 3 channels.
         finite: Refuse NaN and infinity.
 
     Returns:
@@ -117,24 +118,28 @@ def _read_fits(path: Path) -> npt.NDArray[Any]:
         ) from error
     try:
         with fits.open(path, memmap=False) as units:
-            shapes: list[list[int]] = []
-            for unit in units:
-                shape = list(unit.shape) if unit.is_image else []
-                shapes.append(shape)
-                if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
-                    blank, zero = (unit.header.get(name) for name in ("BLANK", "BZERO"))
-                    data: npt.NDArray[Any] = unit.data
-                    # Counts are often signed.
-                    if data.dtype.kind not in "iu" or data.dtype == np.uint8:
-                        return data
-                    image = data.astype(np.float32 if data.dtype.itemsize <= 2 else np.float64)
-                    if blank is not None:  # astropy heeds it in all but unsigned counts
-                        image[data == int(blank) + int(zero or 0)] = np.nan
-                    return image
-            raise ValueError(
-                "no HDU is an image [H, W], [1, H, W] or [3, H, W]; their shapes are "
-                f"{', '.join(map(str, shapes))}"
-            )
+            shapes = [list(unit.shape) if unit.is_image else [] for unit in units]
+            fit = [
+                unit
+                for unit, shape in zip(units, shapes, strict=True)
+                if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
+            ]
+            if not fit:
+                raise ValueError(
+                    "no HDU is an image [H, W], [1, H, W] or [3, H, W]; their shapes are "
+                    f"{', '.join(map(str, shapes))}"
+                )
+            # Errors and weights may come before what was observed.
+            unit = next((unit for unit in fit if unit.name == "SCI"), fit[0])
+            blank, zero = (unit.header.get(name) for name in ("BLANK", "BZERO"))
+            data: npt.NDArray[Any] = unit.data
+            # Counts are often signed.
+            if data.dtype.kind not in "iu" or data.dtype == np.uint8:
+                return data
+            image = data.astype(np.float32 if data.dtype.itemsize <= 2 else np.float64)
+            if blank is not None:  # astropy heeds it in all but unsigned counts
+                image[data == int(blank) + int(zero or 0)] = np.nan
+            return image
     except Exception as error:  # astropy fails in ways of its own on damaged files
         raise ValueError(f"cannot read {path}: {error}") from error
 

@@ -43,6 +43,18 @@ def test_the_first_image_is_read(tmp_path):
     assert np.array_equal(read_image(tmp_path / "c.fits"), IMAGE)
 
 
+def test_the_image_named_sci_is_read(tmp_path):
+    from astropy.io import fits
+
+    names = {"ERR": IMAGE + 1, "SCI": IMAGE, "DQ": IMAGE + 2}
+    units = [fits.ImageHDU(array.astype(np.float32), name=name) for name, array in names.items()]
+    fits.HDUList([fits.PrimaryHDU(), *units]).writeto(tmp_path / "a.fits")
+    assert np.array_equal(read_image(tmp_path / "a.fits"), IMAGE)
+    units[1].data = np.zeros((2, 6, 6))
+    fits.HDUList([fits.PrimaryHDU(), *units]).writeto(tmp_path / "b.fits")
+    assert np.array_equal(read_image(tmp_path / "b.fits"), IMAGE + 1)
+
+
 @pytest.mark.parametrize("dtype", ["i2", "u2", "i4", "u4", "i8", "u8"])
 def test_blank_pixels_are_no_numbers(tmp_path, dtype):
     from astropy.io import fits
