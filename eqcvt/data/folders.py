@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eqcvt.data.files import LensingImages, class_order, join, pixels, read_array
+from eqcvt.data.files import LensingImages, class_order, join, read_array
+from eqcvt.data.pixels import pixels
 
 SPLITS = ("train", "val")
 # What others call a set that no training is to see.

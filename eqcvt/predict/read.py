@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eqcvt._check import choice
 from eqcvt.data import read_image, to_unit
-from eqcvt.data.files import check_shape, pixel_type, pixels
+from eqcvt.data.pixels import check_shape, pixel_type, pixels
 
 FITS = ("crop", "pad", "resize", "refuse")
 ROWS = 32  # images of an archive that are read at a time

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eqcvt.data import load, read_image, to_unit
-from eqcvt.data.files import pixels
+from eqcvt.data.pixels import pixels
 from eqcvt.predict import Images
 
 RANDOM = np.random.default_rng(0)
