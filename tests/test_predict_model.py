@@ -119,7 +119,12 @@ def test_names_that_are_the_same_are_refused(model: eqcvt.EqCvT, images: Path) -
 
 
 def test_what_is_given_is_checked_at_once(model: eqcvt.EqCvT, images: Path) -> None:
-    wrong: list[dict[str, Any]] = [{"batch_size": 0}, {"readers": 0}, {"amp": "fp8"}, {"fit": "cut"}]
+    wrong: list[dict[str, Any]] = [
+        {"batch_size": 0},
+        {"readers": 0},
+        {"amp": "fp8"},
+        {"fit": "cut"},
+    ]
     for given in wrong:
         with pytest.raises(ValueError, match=next(iter(given))):
             predict(model, images, **given)
