@@ -4,7 +4,7 @@
 launch instead of making it; ``assemble`` compiles one for a compute capability. That needs Triton's
 compiler, so a process started without ``TRITON_INTERPRET``:
 
-    python -m tests.kernels.aot tests.kernels.test_lift:calls [capability ...]
+    python -m tests.kernels.aot tests.kernels.test_lift_compiled:calls [capability ...]
 
 prints one line of JSON per kernel, where ``calls()`` yields pairs of a label and a callable.
 """

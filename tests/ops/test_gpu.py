@@ -87,6 +87,7 @@ if importlib.util.find_spec("triton"):
         "conv_attention_fold",
         "conv_attention_one_pass",
         "lift",
+        "lift_compiled",
         "mlp_block",
         "token_embed",
     ):
