@@ -5,7 +5,7 @@ EQCVT_ISA picks the instruction set; each has to pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,16 +18,9 @@ from eqcvt.native import lift
 from tests.ops import primitives
 from tests.tolerance import assert_as_good
 
-pytestmark = pytest.mark.needs("native")
+pytestmark = [pytest.mark.needs("native"), pytest.mark.usefixtures("_nan_in_fresh_memory")]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def set_threads(patch: pytest.MonkeyPatch, threads: int) -> None:

@@ -5,7 +5,6 @@ EQCVT_ISA picks the instruction set; each has to pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -15,29 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eqcvt.native import mlp_block
+from tests.native.threads import threads
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, assert_as_good
 
-pytestmark = pytest.mark.needs("native")
+pytestmark = [pytest.mark.needs("native"), pytest.mark.usefixtures("_nan_in_fresh_memory")]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 NAMES = ("dx", "dnorm_weight", "dnorm_bias", "dw1", "db1", "dw2", "db2")
 EPS = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 class Case(NamedTuple):
@@ -99,29 +84,6 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
     return Inputs(dy, x, [p.to(parameter) for p in parameters], torch.tensor([2**40 + 12345]))
 
 
-def assert_all_as_good(
-    names: tuple[str, ...],
-    found: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    *,
-    backward: bool,
-) -> None:
-    """Check each result by the tolerance rule, beside the reference in its dtype.
-
-    Float64 has no exact value to be measured by: there the reference is that of float32, from the
-    same numbers, and its error is scaled down by the ratio of the two precisions.
-    """
-    for name, f, e, r in zip(names, found, exact, reference, strict=True):
-        if f.dtype == torch.float64:
-            scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-            r = e + (r.double() - e) * scale
-        try:
-            assert_as_good(f, e, r, backward=backward)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-
-
 def check(case: Case, dtype: torch.dtype) -> None:
     it = make(case, dtype)
     exact = it.double()
@@ -132,7 +94,6 @@ def check(case: Case, dtype: torch.dtype) -> None:
         [mlp_block.forward(it.x, *it.parameters, it.seed, **options)],
         [primitives.mlp_block_forward(exact.x, *exact.parameters, it.seed, **options)],
         [primitives.mlp_block_forward(rough.x, *rough.parameters, it.seed, **options)],
-        backward=False,
     )
     assert_all_as_good(
         NAMES,
@@ -217,13 +178,11 @@ def test_a_second_run_gives_the_same_bits(dtype: torch.dtype) -> None:
 def test_tokens_do_not_depend_on_the_threads() -> None:
     it = make(Case(1, 333, 32, 64))
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        y = mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
-        dx = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)[0]
+    for count in (1, 2, 5):
+        with threads(count):
+            y = mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
+            dx = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)[0]
         results.append(torch.stack([y, dx]))
-    torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tests.native.test_build import run
+from tests.native.threads import threads
 
 pytestmark = pytest.mark.needs("native")
 THREADS = 3
@@ -21,10 +22,8 @@ THREADS = 3
 
 @pytest.fixture
 def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
+    with threads(THREADS):
+        yield
 
 
 def arguments(seed: int, tokens: int = 600) -> list[Tensor]:
@@ -110,18 +109,14 @@ def test_python_runs_while_a_launcher_does() -> None:
     assert during > 10
 
 
-@pytest.mark.parametrize("threads", [1, THREADS])
-def test_subnormal_numbers_are_zero_in_kernels_and_nowhere_else(threads: int) -> None:
+@pytest.mark.parametrize("count", [1, THREADS])
+def test_subnormal_numbers_are_zero_in_kernels_and_nowhere_else(count: int) -> None:
     """They would cost an Intel processor most of its time; the caller's mode is the caller's."""
     from eqcvt.native import lift
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         images, bank = torch.full((4, 1, 30, 30), 1e-39), torch.ones(2, 4, 1, 3, 3)
         mean, *_ = lift.moments(images, bank, None, stride=1, padding=0, correlate=False)
         assert (mean == 0).all()
         halves = torch.full((300_000,), 1e-39) * 0.5  # by all threads of torch
         assert (halves > 0).all()
-    finally:
-        torch.set_num_threads(before)

@@ -15,30 +15,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eqcvt.native import token_embed
-from tests.native.test_mlp_block import assert_all_as_good
+from tests.native.threads import threads
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, assert_as_good
 
-pytestmark = pytest.mark.needs("native")
+pytestmark = [pytest.mark.needs("native"), pytest.mark.usefixtures("_nan_in_fresh_memory")]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 NAMES = ("dx", "dfilters", "dbias", "dnorm_weight", "dnorm_bias")
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(params=[1, 2, 5], ids=["one thread", "two threads", "five threads"])
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    with threads(request.param):
+        yield
 
 
 class Case(NamedTuple):
@@ -128,7 +119,6 @@ def check(case: Case, dtype: torch.dtype) -> None:
         [token_embed.forward(it.x, *it.parameters, **options)],
         [primitives.token_embed_forward(exact.x, *exact.parameters, **options)],
         [primitives.token_embed_forward(rough.x, *rough.parameters, **options)],
-        backward=False,
     )
     options["input_gradient"] = True
     found = token_embed.backward(it.dy, it.x, *it.parameters, **options)
@@ -171,16 +161,12 @@ def test_any_sizes(
     kernel: int,
     stride: int,
     padding: int,
-    threads: int,
+    count: int,
 ) -> None:
     case = Case(batch, channels, *size, dim, kernel, stride, padding)
     assume(min(case.tokens) > 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         check(case, torch.float32)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_sums_over_many_tokens_lose_nothing() -> None:
@@ -230,15 +216,13 @@ def test_images_do_not_depend_on_the_threads(kernel: int, stride: int) -> None:
     case = Case(1, 3, 33, 20, 8, kernel, stride, kernel // 2)
     it = make(case)
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 7):
-        torch.set_num_threads(threads)
-        y = token_embed.forward(it.x, *it.parameters, **case.options)
-        dx = token_embed.backward(it.dy, it.x, *it.parameters, **case.options, input_gradient=True)[
-            0
-        ]
+    for count in (1, 2, 7):
+        with threads(count):
+            y = token_embed.forward(it.x, *it.parameters, **case.options)
+            dx, *_ = token_embed.backward(
+                it.dy, it.x, *it.parameters, **case.options, input_gradient=True
+            )
         results.append((y, dx))
-    torch.set_num_threads(before)
     for y, dx in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(dx, results[0][1])
