@@ -26,10 +26,10 @@ def double(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 def assert_all_as_good(
-    names: Sequence[str],
     found: Sequence[Tensor],
     exact: Sequence[Tensor],
     reference: Sequence[Tensor],
+    names: Sequence[str] | None = None,
     *,
     backward: bool = False,
 ) -> None:
@@ -38,6 +38,7 @@ def assert_all_as_good(
     Float64 has no exact value to be measured by: there the reference is that of float32, from the
     same numbers, and its error is scaled down by the ratio of the two precisions.
     """
+    names = names or [f"result {i}" for i in range(len(found))]
     for name, f, e, r in zip(names, found, exact, reference, strict=True):
         if e.numel() == 0:
             assert f.shape == e.shape, f"{name}: shape {list(f.shape)} is not {list(e.shape)}"

@@ -94,10 +94,10 @@ def check_attention(case: Attention, dtype: torch.dtype) -> None:
     drop = {"dropout": case.dropout}
     found = conv_attention.attend(*it, **drop, save=True)
     assert_all_as_good(
-        ATTENDED,
         found,
         primitives.conv_attention_attend(*double(it), **drop, save=True),
         primitives.conv_attention_attend(*rough, **drop, save=True),
+        ATTENDED,
     )
     y, o, lse = found
     alone, *nothing = conv_attention.attend(*it, **drop, save=False)
@@ -110,10 +110,10 @@ def check_attention(case: Attention, dtype: torch.dtype) -> None:
         return [dy.to(a.dtype), a, b, c, *parameters, o, lse]
 
     assert_all_as_good(
-        ATTEND_GRADIENTS,
         conv_attention.attend_backward(*backward(it), **drop),
         primitives.conv_attention_attend_backward(*double(backward(it)), **drop),
         primitives.conv_attention_attend_backward(*backward(rough), **drop),
+        ATTEND_GRADIENTS,
         backward=True,
     )
 

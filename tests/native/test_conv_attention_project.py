@@ -102,17 +102,16 @@ def check_projection(case: Projection, dtype: torch.dtype) -> None:
     options = {"kv_stride": case.stride, "moments": case.moments}
     found = conv_attention.project(*it, **options)
     assert_all_as_good(
-        PROJECTED,
         found,
         primitives.conv_attention_project(*double(it), **options),
         primitives.conv_attention_project(*rough, **options),
+        PROJECTED,
     )
     given_ = projection_gradients(case, found)
     in_rough = [None if t is None else t.to(torch.float32) for t in given_]
     dx, *rest = conv_attention.project_backward(*given_, *it, kv_stride=case.stride)
     assert dx.is_contiguous(memory_format=torch.channels_last)
     assert_all_as_good(
-        PROJECT_GRADIENTS,
         [dx, *rest],
         primitives.conv_attention_project_backward(
             *double(given_), *double(it), kv_stride=case.stride
@@ -120,6 +119,7 @@ def check_projection(case: Projection, dtype: torch.dtype) -> None:
         primitives.conv_attention_project_backward(
             *(in_rough if dtype == torch.float64 else given_), *rough, kv_stride=case.stride
         ),
+        PROJECT_GRADIENTS,
         backward=True,
     )
 

@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.native.cuda_emulator import CUDA, Emulated, build, new
+from tests.native.cuda_emulator import DTYPES, Emulated, fixture, new
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, double
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-3
 SEED = torch.tensor([-(2**61) + 987654321])
+native = fixture("conv_attention*.cu")
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    sources = sorted(CUDA.glob("conv_attention*.cu"))
-    return Emulated(build(tmp_path_factory.mktemp("emulated"), *sources))
+class Attention(NamedTuple):
+    """Sizes and options of a call."""
+
+    batch: int
+    n: int
+    m: int
+    d: int
+    heads: int
+    separate: bool = False
+    residual: bool = False
+    dropout: float = 0.0
 
 
-def _double(args: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    return [t.double() if t is not None and t.is_floating_point() else t for t in args]
+ATTENTIONS = pytest.mark.parametrize(
+    "case",
+    [
+        Attention(2, 13, 7, 32, 3, False, True, 0.1),
+        Attention(1, 131, 129, 32, 1, False, False, 0.0),
+        Attention(1, 67, 65, 16, 2, True, True, 0.3),
+        Attention(1, 5, 70, 24, 1, True, False, 0.0),
+        Attention(1, 3, 5, 7, 2, False, True, 0.4),
+        Attention(2, 11, 9, 7, 2, False, False, 0.4),
+        Attention(1, 65, 33, 64, 1, True, True, 0.0),
+        Attention(1, 17, 35, 100, 1, True, True, 0.2),
+    ],
+)
 
 
-def _attend_args(
-    batch: int,
-    n: int,
-    m: int,
-    d: int,
-    heads: int,
-    *,
-    separate: bool,
-    residual: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, ...]:
+def _attend_args(case: Attention, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    batch, n, m, d, heads, *_ = case
     torch.manual_seed(batch * 1000 + n + m + d + heads)
-    p = 3 if separate else 2
+    p = 3 if case.separate else 2
     a, b, c = torch.randn(batch, n, d), torch.randn(batch, m, d), torch.randn(batch, m, d)
     rows = [
         a + 0.5,
         b - 0.5,
-        c if separate else None,
-        torch.randn(batch, n, d) if residual else None,
+        c if case.separate else None,
+        torch.randn(batch, n, d) if case.residual else None,
     ]
     tokens = [t.to(dtype) if t is not None else None for t in rows]
     scale, shift = torch.rand(p, d) + 0.5, torch.randn(p, d) / 2
@@ -71,38 +82,14 @@ def _attend(
 def _check_attend(native: Emulated, args: tuple[Tensor | None, ...], dropout: float) -> None:
     found = _attend(native, args, dropout=dropout, save=True)
     reference = primitives.conv_attention_attend(*args, dropout=dropout, save=True)
-    exact = primitives.conv_attention_attend(*_double(args), dropout=dropout, save=True)
-    for x, e, r in zip(found, exact, reference, strict=True):
-        assert_as_good(x, e, r)
+    exact = primitives.conv_attention_attend(*double(args), dropout=dropout, save=True)
+    assert_all_as_good(found, exact, reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "n", "m", "d", "heads", "separate", "residual", "dropout"),
-    [
-        (2, 13, 7, 32, 3, False, True, 0.1),
-        (1, 131, 129, 32, 1, False, False, 0.0),
-        (1, 67, 65, 16, 2, True, True, 0.3),
-        (1, 5, 70, 24, 1, True, False, 0.0),
-        (1, 3, 5, 7, 2, False, True, 0.4),
-        (1, 65, 33, 64, 1, True, True, 0.0),
-        (1, 17, 35, 100, 1, True, True, 0.2),
-    ],
-)
-def test_attend(
-    native: Emulated,
-    dtype: torch.dtype,
-    batch: int,
-    n: int,
-    m: int,
-    d: int,
-    heads: int,
-    separate: bool,
-    residual: bool,
-    dropout: float,
-) -> None:
-    args = _attend_args(batch, n, m, d, heads, separate=separate, residual=residual, dtype=dtype)
-    _check_attend(native, args, dropout)
+@ATTENTIONS
+def test_attend(native: Emulated, dtype: torch.dtype, case: Attention) -> None:
+    _check_attend(native, _attend_args(case, dtype), case.dropout)
 
 
 def _attend_backward(
@@ -124,49 +111,47 @@ def _attend_backward(
     return tuple(t if t is not None else a.new_empty(0) for t in found)
 
 
-def _check_attend_backward(
-    native: Emulated, args: tuple[Tensor | None, ...], dropout: float
-) -> tuple[Tensor, ...]:
+@pytest.mark.parametrize("dtype", DTYPES)
+@ATTENTIONS
+def test_attend_backward(native: Emulated, dtype: torch.dtype, case: Attention) -> None:
+    args, dropout = _attend_args(case, dtype), case.dropout
     a, rest = args[0], [*args[:3], *args[4:]]
     assert a is not None
     dy = torch.randn(a.shape).to(a.dtype)
     _, o, lse = _attend(native, args, dropout=dropout, save=True)
     found = _attend_backward(native, dy, args, o, lse, dropout)
     reference = primitives.conv_attention_attend_backward(dy, *rest, o, lse, dropout=dropout)
-    wide = _double((dy, *rest, o, lse))
+    wide = double([dy, *rest, o, lse])
     exact = primitives.conv_attention_attend_backward(*wide, dropout=dropout)
-    for x, e, r in zip(found, exact, reference, strict=True):
-        if e.numel():
-            assert_as_good(x, e, r, backward=True)
-    return found
+    assert_all_as_good(found, exact, reference, backward=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "n", "m", "d", "heads", "separate", "dropout"),
+class Projection(NamedTuple):
+    """Sizes and options of a call."""
+
+    batch: int
+    d: int
+    h: int
+    w: int
+    kk: int
+    kv_stride: int = 2
+    separate: bool = False
+    moments: bool = False
+    norm: bool = True
+
+
+PROJECTIONS = pytest.mark.parametrize(
+    "case",
     [
-        (2, 13, 7, 32, 3, False, 0.1),
-        (1, 131, 129, 32, 1, False, 0.0),
-        (1, 67, 65, 16, 2, True, 0.3),
-        (1, 5, 70, 24, 1, True, 0.0),
-        (2, 11, 9, 7, 2, False, 0.4),
-        (1, 65, 33, 64, 1, True, 0.0),
-        (1, 17, 35, 100, 1, True, 0.2),
+        Projection(2, 32, 7, 5, 3, 2, False, True, True),
+        Projection(1, 16, 11, 13, 3, 2, True, True, False),
+        Projection(1, 7, 6, 4, 3, 1, True, False, True),
+        Projection(3, 128, 3, 2, 3, 2, False, True, True),
+        Projection(1, 20, 9, 8, 5, 3, True, True, True),
+        Projection(1, 3, 1, 1, 7, 2, False, False, False),
+        Projection(1, 4, 40, 37, 3, 2, False, True, True),
     ],
 )
-def test_attend_backward(
-    native: Emulated,
-    dtype: torch.dtype,
-    batch: int,
-    n: int,
-    m: int,
-    d: int,
-    heads: int,
-    separate: bool,
-    dropout: float,
-) -> None:
-    args = _attend_args(batch, n, m, d, heads, separate=separate, residual=False, dtype=dtype)
-    _check_attend_backward(native, args, dropout)
 
 
 def _project(
@@ -185,14 +170,13 @@ def _project(
     return outs[0], outs[1], outs[2] if p == 3 else x.new_empty(0), *stats
 
 
-def _project_args(
-    batch: int, d: int, h: int, w: int, kk: int, *, separate: bool, norm: bool, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor | None]]:
+def _project_args(case: Projection, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
+    batch, d, h, w, kk, *_ = case
     torch.manual_seed(batch + d + h + w + kk)
     x = (torch.randn(batch, d, h, w) + 1).to(dtype)
     filters = [torch.randn(d, 1, kk, kk) / kk for _ in range(3)]
-    affine = [torch.rand(d) + 0.5, torch.randn(d) / 2] if norm else [None, None]
-    return x, [filters[0], filters[1], filters[2] if separate else None, *affine]
+    affine = [torch.rand(d) + 0.5, torch.randn(d) / 2] if case.norm else [None, None]
+    return x, [filters[0], filters[1], filters[2] if case.separate else None, *affine]
 
 
 def _call_project_backward(
@@ -234,44 +218,16 @@ def _project_backward(
     return _call_project_backward(native, *args)[0]
 
 
-PROJECTIONS = pytest.mark.parametrize(
-    ("batch", "d", "h", "w", "kk", "kv_stride", "separate", "moments", "norm"),
-    [
-        (2, 32, 7, 5, 3, 2, False, True, True),
-        (1, 16, 11, 13, 3, 2, True, True, False),
-        (1, 7, 6, 4, 3, 1, True, False, True),
-        (3, 128, 3, 2, 3, 2, False, True, True),
-        (1, 20, 9, 8, 5, 3, True, True, True),
-        (1, 3, 1, 1, 7, 2, False, False, False),
-        (1, 4, 40, 37, 3, 2, False, True, True),
-    ],
-)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @PROJECTIONS
-def test_project(
-    native: Emulated,
-    dtype: torch.dtype,
-    batch: int,
-    d: int,
-    h: int,
-    w: int,
-    kk: int,
-    kv_stride: int,
-    separate: bool,
-    moments: bool,
-    norm: bool,
-) -> None:
-    x, filters = _project_args(batch, d, h, w, kk, separate=separate, norm=norm, dtype=dtype)
-    found = _project(native, x, filters, kv_stride, moments)
-    options = {"kv_stride": kv_stride, "moments": moments, "eps": EPS}
+def test_project(native: Emulated, dtype: torch.dtype, case: Projection) -> None:
+    x, filters = _project_args(case, dtype)
+    found = _project(native, x, filters, case.kv_stride, case.moments)
+    options = {"kv_stride": case.kv_stride, "moments": case.moments, "eps": EPS}
     reference = primitives.conv_attention_project(x, *filters, **options)
-    exact = primitives.conv_attention_project(*_double((x, *filters)), **options)
-    for t, e, r in zip(found, exact, reference, strict=True):
-        if e.numel():
-            assert_as_good(t, e, r)
-    if moments:
+    exact = primitives.conv_attention_project(*double([x, *filters]), **options)
+    assert_all_as_good(found, exact, reference)
+    if case.moments:
         stored = [t.double() for t in found[:3] if t.numel()]
         mean = torch.stack([t.mean((0, 1)) for t in stored])
         variance = torch.stack([t.var((0, 1), correction=0) for t in stored])
@@ -281,37 +237,23 @@ def test_project(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @PROJECTIONS
-def test_project_backward(
-    native: Emulated,
-    dtype: torch.dtype,
-    batch: int,
-    d: int,
-    h: int,
-    w: int,
-    kk: int,
-    kv_stride: int,
-    separate: bool,
-    moments: bool,
-    norm: bool,
-) -> None:
-    x, filters = _project_args(batch, d, h, w, kk, separate=separate, norm=norm, dtype=dtype)
-    *raw, mean, _ = _project(native, x, filters, kv_stride, moments)
+def test_project_backward(native: Emulated, dtype: torch.dtype, case: Projection) -> None:
+    x, filters = _project_args(case, dtype)
+    *raw, mean, _ = _project(native, x, filters, case.kv_stride, case.moments)
     tokens = [t if t.numel() else None for t in raw]
     gradients = [torch.randn(t.shape).to(dtype) if t is not None else None for t in tokens]
-    count = batch * tokens[1].shape[1]
+    count = case.batch * tokens[1].shape[1]
     statistics: list[Tensor | None] = [None, None]
-    if moments:
+    if case.moments:
         statistics = [torch.randn(mean.shape) * count**0.5 for _ in range(2)]
     found, args = _call_project_backward(
-        native, x, filters, gradients, statistics, tokens, mean, kv_stride
+        native, x, filters, gradients, statistics, tokens, mean, case.kv_stride
     )
     args += [x, *filters]
-    options = {"kv_stride": kv_stride, "eps": EPS}
+    options = {"kv_stride": case.kv_stride, "eps": EPS}
     reference = primitives.conv_attention_project_backward(*args, **options)
-    exact = primitives.conv_attention_project_backward(*_double(tuple(args)), **options)
-    for t, e, r in zip(found, exact, reference, strict=True):
-        if e.numel():
-            assert_as_good(t, e, r, backward=True)
+    exact = primitives.conv_attention_project_backward(*double(args), **options)
+    assert_all_as_good(found, exact, reference, backward=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -319,35 +261,29 @@ def test_project_backward(
 def test_attend_in_any_order_of_threads(
     native: Emulated, dtype: torch.dtype, separate: bool
 ) -> None:
-    """A missing barrier, a race between blocks or an unwritten value would change some bit."""
-    args = _attend_args(1, 135, 135, 16, 2, separate=separate, residual=True, dtype=dtype)
+    args = _attend_args(Attention(1, 135, 135, 16, 2, separate, residual=True), dtype)
     dy = torch.randn(1, 135, 16).to(dtype)
-    runs = []
-    for order in (0, 1, 4):
-        native.order(order)
+
+    def run() -> list[Tensor]:
         forward = _attend(native, args, dropout=0.1, save=True)
-        runs.append([*forward, *_attend_backward(native, dy, args, *forward[1:], 0.1)])
-    native.order(0)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
-    assert not any(t.isnan().any() for t in runs[0])
+        return [*forward, *_attend_backward(native, dy, args, *forward[1:], 0.1)]
+
+    assert not any(t.isnan().any() for t in native.in_any_order(run))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_project_in_any_order_of_threads(native: Emulated, dtype: torch.dtype) -> None:
-    x, filters = _project_args(2, 20, 9, 8, 3, separate=True, norm=True, dtype=dtype)
-    runs = []
-    for order in (0, 1, 4):
-        native.order(order)
+    x, filters = _project_args(Projection(2, 20, 9, 8, 3, separate=True), dtype)
+
+    def run() -> list[Tensor]:
         found = list(_project(native, x, filters, 2, moments=True))
-        runs.append(found + _project_backward(native, x, filters, found, 2))
-    native.order(0)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+        return found + _project_backward(native, x, filters, found, 2)
+
+    native.in_any_order(run)
 
 
 def test_attend_keeps_what_the_reference_keeps(native: Emulated) -> None:
-    args = list(_attend_args(2, 37, 5, 7, 2, separate=False, residual=False, dtype=torch.float32))
+    args = list(_attend_args(Attention(2, 37, 5, 7, 2), torch.float32))
     args[9] = torch.full((7,), 100.0)
     y = _attend(native, tuple(args), dropout=0.3, save=False)[0]
     assert torch.equal(y == 0, primitives.keep(SEED, y.shape, 0.3, 0) == 0)
@@ -356,11 +292,11 @@ def test_attend_keeps_what_the_reference_keeps(native: Emulated) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("separate", [False, True])
 def test_empty_batch(native: Emulated, dtype: torch.dtype, separate: bool) -> None:
-    args = _attend_args(0, 6, 4, 8, 2, separate=separate, residual=True, dtype=dtype)
+    args = _attend_args(Attention(0, 6, 4, 8, 2, separate, residual=True), dtype)
     forward = _attend(native, args, dropout=0.1, save=True)
     found = _attend_backward(native, args[0], args, *forward[1:], 0.1)
     assert all((t == 0).all() for t in found)
-    x, filters = _project_args(0, 8, 3, 2, 3, separate=separate, norm=True, dtype=dtype)
+    x, filters = _project_args(Projection(0, 8, 3, 2, 3, separate=separate), dtype)
     projected = list(_project(native, x, filters, 2, moments=False))
     assert all((t == 0).all() for t in _project_backward(native, x, filters, projected, 2)[1:])
 
@@ -371,7 +307,7 @@ def test_empty_batch(native: Emulated, dtype: torch.dtype, separate: bool) -> No
 def test_attend_passes_nan_and_inf_on(
     native: Emulated, dtype: torch.dtype, value: float, which: str
 ) -> None:
-    args = _attend_args(2, 21, 9, 16, 2, separate=False, residual=True, dtype=dtype)
+    args = _attend_args(Attention(2, 21, 9, 16, 2, residual=True), dtype)
     broken = args["ab".index(which)]
     assert broken is not None
     broken[1, 3, 2] = value
@@ -393,7 +329,7 @@ def test_attend_passes_nan_and_inf_on(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_far_from_zero(native: Emulated, dtype: torch.dtype) -> None:
     """All scores of a query may be far below zero, or above: padding must not weigh in."""
-    args = list(_attend_args(1, 20, 7, 16, 1, separate=True, residual=False, dtype=dtype))
+    args = list(_attend_args(Attention(1, 20, 7, 16, 1, separate=True), dtype))
     args[0], args[4][0], args[5][0] = args[0].abs(), 1.0, 0.0
     args[1], args[4][1], args[5][1] = args[1].abs(), 1.0, 0.0
     for factor in (-4.0, 4.0, -30.0, 30.0):
@@ -408,8 +344,8 @@ def test_scores_far_from_zero(native: Emulated, dtype: torch.dtype) -> None:
 
 
 def test_sizes_that_are_refused(native: Emulated) -> None:
-    args = _attend_args(1, 2, 2, 129, 1, separate=False, residual=False, dtype=torch.float32)
-    x, filters = _project_args(1, 4, 3, 3, 9, separate=False, norm=True, dtype=torch.float32)
+    args = _attend_args(Attention(1, 2, 2, 129, 1), torch.float32)
+    x, filters = _project_args(Projection(1, 4, 3, 3, 9), torch.float32)
     with pytest.raises(AssertionError, match="status -3"):
         _attend(native, args, dropout=0.0, save=True)
     with pytest.raises(AssertionError, match="status -3"):

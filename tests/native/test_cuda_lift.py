@@ -11,12 +11,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from eqcvt.native import lift
-from tests.native.cuda_emulator import CUDA, Emulated, build, new
+from tests.native.cuda_emulator import DTYPES, Emulated, fixture, new
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_as_good, double
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HALVES = DTYPES[1:]
+native = fixture("lift*.cu")
 
 
 class Case(NamedTuple):
@@ -71,12 +70,6 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    sources = sorted(CUDA.glob("lift*.cu"))
-    return Emulated(build(tmp_path_factory.mktemp("emulated"), *sources))
-
-
 def _inputs(case: Case, dtype: torch.dtype) -> list[Tensor | None]:
     """x, bank, mask, scale, shift, blur."""
     batch, channels, height, width, fields, group, kernel = case.sizes
@@ -101,10 +94,6 @@ def _exact_inputs(case: Case, dtype: torch.dtype) -> list[Tensor | None]:
         (16 * shift).round() / 32 + 1 / 64,
         blur,
     ]
-
-
-def _double(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
 
 
 def _moments(native: Emulated, case: Case, x: Tensor, *rest: Tensor | None) -> list[Tensor]:
@@ -143,11 +132,11 @@ def _backward(
 def test_apply(native: Emulated, case: Case, dtype: torch.dtype) -> None:
     args = _inputs(case, dtype)
     y, arg = _apply(native, case, *args)
-    exact = primitives.lift_apply(*_double(*args), **case.options)[0]
+    exact = primitives.lift_apply(*double(args), **case.options)[0]
     reference = primitives.lift_apply(*args, **case.options)[0]
     assert_as_good(y, exact, reference)
     if case.pool:
-        every = primitives.lift_apply(*_double(*args), **{**case.options, "pool": False})[0]
+        every = primitives.lift_apply(*double(args), **{**case.options, "pool": False})[0]
         chosen = every.gather(2, arg.long().unsqueeze(2)).squeeze(2)
         assert_as_good(chosen.to(dtype), exact, reference)
         assert (arg[every.amax(2) == 0] == 0).all(), "the first of equals wins"
@@ -158,7 +147,7 @@ def test_apply(native: Emulated, case: Case, dtype: torch.dtype) -> None:
 def test_moments(native: Emulated, case: Case, dtype: torch.dtype) -> None:
     args = _exact_inputs(case, dtype)[:3]
     found = _moments(native, case, *args)
-    exact = primitives.lift_moments(*_double(*args), **case.conv, correlate=True)
+    exact = primitives.lift_moments(*double(args), **case.conv, correlate=True)
     reference = primitives.lift_moments(*args, **case.conv, correlate=True)
     for a, e, r in zip(found, exact, reference, strict=True):
         assert_as_good(a, e, r.float())
@@ -173,7 +162,7 @@ def test_moments_input(native: Emulated, case: Case, dtype: torch.dtype) -> None
     dx = new(x.shape, dtype)
     conv = [case.stride, case.padding]
     native.launch("lift_moments_input", x, bank, mask, *c, *case.sizes, *conv, dx, like=x)
-    exact = primitives.lift_moments_input(*_double(x, bank, mask, *c), **case.conv)
+    exact = primitives.lift_moments_input(*double([x, bank, mask, *c]), **case.conv)
     reference = primitives.lift_moments_input(x, bank, mask, *c, **case.conv)
     assert_as_good(dx, exact, reference, backward=True)
 
@@ -191,10 +180,10 @@ def test_apply_backward(
     native: Emulated, case: Case, dtype: torch.dtype, input_gradient: bool
 ) -> None:
     args = _exact_inputs(case, dtype)
-    y, arg = primitives.lift_apply(*_double(*args), **case.options)
+    y, arg = primitives.lift_apply(*double(args), **case.options)
     dy = torch.randn(y.shape).to(dtype)
     options = {**case.options, "input_gradient": True}
-    exact = primitives.lift_apply_backward(dy.double(), arg, *_double(*args), **options)
+    exact = primitives.lift_apply_backward(dy.double(), arg, *double(args), **options)
     reference = primitives.lift_apply_backward(dy, arg, *args, **options)
     given = arg if case.pool else None
     found = _backward(native, case, dy, given, *args, dx=input_gradient)
@@ -209,7 +198,7 @@ def test_statistics_hold_far_from_zero(native: Emulated) -> None:
     assert bank is not None
     bank = bank.abs()
     mean, variance, _, _ = _moments(native, case, x + 1000, bank, mask)
-    exact = primitives.lift_moments(*_double(x + 1000, bank, mask), **case.conv, correlate=False)
+    exact = primitives.lift_moments(*double([x + 1000, bank, mask]), **case.conv, correlate=False)
     torch.testing.assert_close(mean.double(), exact[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(variance.double(), exact[1], rtol=1e-5, atol=0)
 
@@ -281,15 +270,13 @@ def test_no_order_of_threads_and_blocks_matters(
 ) -> None:
     case = CASES[name]
     args = _inputs(case, dtype)
-    runs = []
-    for order in [0, 1, 7]:
-        native.order(order)
+
+    def run() -> list[Tensor]:
         y, arg = _apply(native, case, *args)
         moments = _moments(native, case, *args[:3])
-        runs.append([y, *moments, *_backward(native, case, y, arg, *args, dx=True)])
-    native.order(0)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+        return [y, *moments, *_backward(native, case, y, arg, *args, dx=True)]
+
+    native.in_any_order(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,18 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.native.cuda_emulator import CUDA, Emulated, build, new
+from tests.native.cuda_emulator import DTYPES, Emulated, fixture, new
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, assert_as_good, double
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = torch.tensor([2**62 + 987654321])
 EPS = 1e-5
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(build(tmp_path_factory.mktemp("emulated"), CUDA / "mlp_block.cu"))
+native = fixture("mlp_block.cu")
 
 
 def _args(batch: int, n: int, d: int, e: int, dtype: torch.dtype) -> list[Tensor]:
@@ -25,10 +20,6 @@ def _args(batch: int, n: int, d: int, e: int, dtype: torch.dtype) -> list[Tensor
     x = (torch.randn(batch, n, d) * 2 + 1).to(dtype)
     weights = [torch.randn(e, d) / d**0.5, torch.randn(e), torch.randn(d, e) / e**0.5]
     return [x, torch.rand(d) + 0.5, torch.randn(d), *weights, torch.randn(d), SEED]
-
-
-def _double(args: list[Tensor]) -> list[Tensor]:
-    return [t.double() if t.is_floating_point() else t for t in args]
 
 
 def _forward(native: Emulated, args: list[Tensor], dropout: float) -> Tensor:
@@ -68,7 +59,7 @@ def test_forward(
     args = _args(batch, n, d, e, dtype)
     options = {"dropout": dropout, "eps": EPS}
     reference = primitives.mlp_block_forward(*args, **options)
-    exact = primitives.mlp_block_forward(*_double(args), **options)
+    exact = primitives.mlp_block_forward(*double(args), **options)
     assert_as_good(_forward(native, args, dropout), exact, reference)
 
 
@@ -82,23 +73,15 @@ def test_backward(
     found = _backward(native, dy, args, dropout)
     options = {"dropout": dropout, "eps": EPS}
     reference = primitives.mlp_block_backward(dy, *args, **options)
-    exact = primitives.mlp_block_backward(dy.double(), *_double(args), **options)
-    for t, x, r in zip(found, exact, reference, strict=True):
-        assert_as_good(t, x, r, backward=True)
+    exact = primitives.mlp_block_backward(dy.double(), *double(args), **options)
+    assert_all_as_good(found, exact, reference, backward=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_order_of_threads(native: Emulated, dtype: torch.dtype) -> None:
-    """A missing barrier, a race between blocks or an unwritten value would change some bit."""
     args = _args(2, 70, 20, 40, dtype)
     dy = torch.randn(args[0].shape).to(dtype)
-    runs = []
-    for order in (0, 1, 4):
-        native.order(order)
-        runs.append([_forward(native, args, 0.1), *_backward(native, dy, args, 0.1)])
-    native.order(0)
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+    native.in_any_order(lambda: [_forward(native, args, 0.1), *_backward(native, dy, args, 0.1)])
 
 
 def test_keeps_what_the_reference_keeps(native: Emulated) -> None:

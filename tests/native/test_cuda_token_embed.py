@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.native.cuda_emulator import CUDA, Emulated, build, new
+from tests.native.cuda_emulator import DTYPES, Emulated, fixture, new
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_as_good, double
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
+native = fixture("token_embed.cu")
 
 
 class Case(NamedTuple):
@@ -49,11 +49,6 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(build(tmp_path_factory.mktemp("emulated"), CUDA / "token_embed.cu"))
-
-
 def _inputs(case: Case, dtype: torch.dtype) -> list[Tensor]:
     """x, filters, bias, norm_weight, norm_bias."""
     batch, channels, height, width, out, kernel, _, _ = case
@@ -86,7 +81,7 @@ def _backward(
 def test_forward(native: Emulated, case: Case, dtype: torch.dtype) -> None:
     args = _inputs(case, dtype)
     y = _forward(native, case, *args)
-    exact = primitives.token_embed_forward(*(t.double() for t in args), **case.options)
+    exact = primitives.token_embed_forward(*double(args), **case.options)
     reference = primitives.token_embed_forward(*args, **case.options)
     if case.batch:
         assert_as_good(y, exact, reference)
@@ -103,7 +98,7 @@ def test_backward(native: Emulated, case: Case, dtype: torch.dtype, input_gradie
         assert all((t == 0).all() for t in found if t is not None)
         return
     options = {**case.options, "input_gradient": True}
-    exact = primitives.token_embed_backward(dy.double(), *(t.double() for t in args), **options)
+    exact = primitives.token_embed_backward(dy.double(), *double(args), **options)
     reference = primitives.token_embed_backward(dy, *args, **options)
     for a, e, r in zip(found, exact, reference, strict=True):
         if a is not None:
@@ -135,17 +130,12 @@ def test_nan_and_infinity_go_where_they_should(
 def test_no_order_of_threads_and_blocks_matters(native: Emulated, dtype: torch.dtype) -> None:
     case = CASES["many tiles"]
     args = _inputs(case, dtype)
-    runs = []
-    for order in [0, 1, 7]:
-        native.order(order)
+
+    def run() -> list[Tensor]:
         y = _forward(native, case, *args)
-        runs.append([y, *_backward(native, case, y, *args)])
-    native.order(0)
-    for run in runs[1:]:
-        for a, b in zip(run, runs[0], strict=True):
-            assert a is not None
-            assert b is not None
-            assert torch.equal(a, b)
+        return [y, *_backward(native, case, y, *args)]
+
+    native.in_any_order(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

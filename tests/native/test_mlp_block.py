@@ -90,16 +90,16 @@ def check(case: Case, dtype: torch.dtype) -> None:
     rough = make(case, torch.float32) if dtype == torch.float64 else it
     options = {"dropout": case.dropout, "eps": EPS}
     assert_all_as_good(
-        ("y",),
         [mlp_block.forward(it.x, *it.parameters, it.seed, **options)],
         [primitives.mlp_block_forward(exact.x, *exact.parameters, it.seed, **options)],
         [primitives.mlp_block_forward(rough.x, *rough.parameters, it.seed, **options)],
+        ("y",),
     )
     assert_all_as_good(
-        NAMES,
         mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, **options),
         primitives.mlp_block_backward(exact.dy, exact.x, *exact.parameters, it.seed, **options),
         primitives.mlp_block_backward(rough.dy, rough.x, *rough.parameters, it.seed, **options),
+        NAMES,
         backward=True,
     )
 

@@ -115,18 +115,18 @@ def check(case: Case, dtype: torch.dtype) -> None:
     exact = it.double()
     rough = make(case, torch.float32) if dtype == torch.float64 else it
     assert_all_as_good(
-        ("y",),
         [token_embed.forward(it.x, *it.parameters, **options)],
         [primitives.token_embed_forward(exact.x, *exact.parameters, **options)],
         [primitives.token_embed_forward(rough.x, *rough.parameters, **options)],
+        ("y",),
     )
     options["input_gradient"] = True
     found = token_embed.backward(it.dy, it.x, *it.parameters, **options)
     assert_all_as_good(
-        NAMES,
         found,
         primitives.token_embed_backward(exact.dy, exact.x, *exact.parameters, **options),
         primitives.token_embed_backward(rough.dy, rough.x, *rough.parameters, **options),
+        NAMES,
         backward=True,
     )
     options["input_gradient"] = False

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -36,6 +39,20 @@ class Emulated:
         Asynchronous copies arrive at the last moment, in odd orders at the first.
         """
         self._library.emulate_order(order)
+
+    def in_any_order(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return what ``run`` returns, after a check that all orders give the same bits.
+
+        A missing barrier, a race between blocks or an unwritten value would change some bit.
+        """
+        runs = []
+        for order in (0, 1, 4, 7):
+            self.order(order)
+            runs.append(run())
+        self.order(0)
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+        return runs[0]
 
     def launch(self, name: str, *args: Tensor | int | float | None, like: Tensor) -> None:
         """Call a launcher as ``eqcvt.native.launch`` does, with a NaN-filled workspace."""
@@ -77,6 +94,16 @@ def build(folder: Path, *sources: Path, sanitizer: str | None = None) -> Path:
     command += ["-include", str(HERE / "emulate.h"), "-x", "c++", *map(str, sources)]
     subprocess.run([*command, "-o", str(library)], check=True)
     return library
+
+
+def fixture(sources: str) -> Any:
+    """Make the fixture of a test file: the launchers of the CUDA sources of such names."""
+
+    @pytest.fixture(scope="module")
+    def native(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+        return Emulated(build(tmp_path_factory.mktemp("emulated"), *sorted(CUDA.glob(sources))))
+
+    return native
 
 
 def preload(sanitizer: str) -> dict[str, str]:
