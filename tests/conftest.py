@@ -48,6 +48,7 @@ def _backend(name: str) -> str | None:
 MISSING: dict[str, Callable[[], str | None]] = {
     "cuda": _cuda,
     "triton": lambda: _backend("triton"),
+    "interpreter": lambda: "it is for CPUs" if torch.cuda.is_available() else None,
     "triton-package": lambda: _package("triton"),
     "native": lambda: _backend("native"),
     "escnn": lambda: _no_escnn,

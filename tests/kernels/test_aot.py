@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
-if importlib.util.find_spec("triton"):
-    from tests.kernels import aot
-
-pytestmark = pytest.mark.needs("triton-package")
+pytest.importorskip("triton")
+from tests.kernels import aot
 
 LAYOUT = "#mma1 = #ttg.nvidia_mma<{versionMajor = %d, versionMinor = 0, warpsPerCTA = [%d, 1]}>"
 PRODUCT = "%%s = ttng.warp_group_dot %%q, %%k : tensor<64x32xbf16> -> tensor<%dx32xf32, #mma1>"

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-if importlib.util.find_spec("triton"):
-    import triton
-    import triton.language as tl
-    from triton.runtime import interpreter
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
-    from eqcvt.kernels.common import add_product
-
-    @triton.jit
-    def _products(a_ptr, b_ptr, sum_ptr, N, APART: tl.constexpr):
-        """Add up the products of tiles of 16."""
-        o = tl.arange(0, 16)
-        offsets = o[:, None] * 16 + o[None, :]
-        total = tl.zeros([16, 16], tl.float32)
-        for first in range(0, N, 16):
-            a = tl.load(a_ptr + first * 16 + offsets)
-            b = tl.load(b_ptr + first * 16 + offsets)
-            if APART:
-                total = add_product(total, tl.trans(a), b, N, "ieee")
-            else:
-                total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
-        tl.store(sum_ptr + offsets, total)
+from eqcvt.kernels.common import add_product
 
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+@triton.jit
+def _products(a_ptr, b_ptr, sum_ptr, N, APART: tl.constexpr):
+    """Add up the products of tiles of 16."""
+    o = tl.arange(0, 16)
+    offsets = o[:, None] * 16 + o[None, :]
+    total = tl.zeros([16, 16], tl.float32)
+    for first in range(0, N, 16):
+        a = tl.load(a_ptr + first * 16 + offsets)
+        b = tl.load(b_ptr + first * 16 + offsets)
+        if APART:
+            total = add_product(total, tl.trans(a), b, N, "ieee")
+        else:
+            total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+    tl.store(sum_ptr + offsets, total)
+
+
+pytestmark = pytest.mark.needs("interpreter")
 
 
 def test_float32_products_are_summed_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,29 +15,22 @@ from eqcvt import ops
 from eqcvt.nn.backend import set_backend
 from eqcvt.nn.transformer import Block, Stage
 from tests.ops import primitives
-from tests.tolerance import assert_as_good, of_other_strides
+from tests.tolerance import assert_all_as_good, double, of_other_strides
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import (
-        common,
-        conv_attention,
-        conv_attention_attend,
-        conv_attention_attend_backward,
-        conv_attention_key_gradients,
-        launches,
-    )
+pytest.importorskip("triton")
+from eqcvt.kernels import (
+    common,
+    conv_attention,
+    conv_attention_attend,
+    conv_attention_attend_backward,
+    conv_attention_key_gradients,
+    launches,
+)
+from tests.kernels.memory import filled_memory
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 NAMES = ("y", "o", "lse")
 GRADIENTS = ("da", "db", "dc", "dscale", "dshift", "dwq", "dbq", "dwo", "dbo")
-
-
-def _wide(tensors: Any) -> list[Any]:
-    float_ = (t.is_floating_point() if isinstance(t, Tensor) else False for t in tensors)
-    return [t.double() if f else t for t, f in zip(tensors, float_, strict=True)]
 
 
 def _compare(
@@ -51,12 +43,8 @@ def _compare(
     """Check every result of a kernel; ``call`` picks the function of a module."""
     actual = call(conv_attention)(*arguments, **settings)
     reference = call(primitives)(*arguments, **settings)
-    exact = call(primitives)(*_wide(arguments), **settings)
-    for name, a, e, r in zip(names, actual, exact, reference, strict=True):
-        if e.numel() == 0:
-            assert a.numel() == 0, name
-            continue
-        assert_as_good(a, e, r, backward=backward)
+    exact = call(primitives)(*double(arguments), **settings)
+    assert_all_as_good(actual, exact, reference, names, backward=backward)
     return actual
 
 
@@ -243,7 +231,7 @@ def test_large_scores_and_infinities_are_as_in_pytorch() -> None:
     case.a[1], case.b[1] = case.a[1].abs() + 0.1, 0.5
     case.b[1, :64, 0] = -float("inf")
     actual = conv_attention.attend(*case.forward(), dropout=0.0, save=True)
-    expected = primitives.conv_attention_attend(*_wide(case.forward()), dropout=0.0, save=True)
+    expected = primitives.conv_attention_attend(*double(case.forward()), dropout=0.0, save=True)
     assert expected[0][0].isfinite().all(1).tolist() == [True, False, False, *[True] * 4]
     assert expected[0][1].isfinite().all()
     for a, e in zip(actual[:2], expected[:2], strict=True):
@@ -373,7 +361,7 @@ def test_any_strides_give_the_same_projections() -> None:
                 torch.testing.assert_close(a, b, rtol=0, atol=of_other_strides(b))
 
 
-def test_second_runs_and_filled_memory_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_runs_and_filled_memory_give_the_same_bits() -> None:
     attention = Attention(values=True, batch=1)
     projection = Projection(values=True, batch=1)
     a, b, c, mean, _ = conv_attention.project(
@@ -389,14 +377,8 @@ def test_second_runs_and_filled_memory_give_the_same_bits(monkeypatch: pytest.Mo
         return [y, o, lse, *gradients, *found, *back]
 
     expected = run()
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-
-    def filled(t: Tensor) -> Tensor:
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda t, *s, **k: filled(new_empty(t, *s, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda t: filled(empty_like(t)))
-    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    with filled_memory():
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
 
 
 class _Passes(TorchDispatchMode):

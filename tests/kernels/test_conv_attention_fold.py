@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,16 +12,13 @@ from torch import Tensor
 from eqcvt import ops
 from eqcvt.ops import use_backend
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, double
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import conv_attention
-    from tests.kernels import aot
+pytest.importorskip("triton")
+from eqcvt.kernels import conv_attention
+from tests.kernels import aot
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 # Channels, heads, their width, whether values have a projection of their own, and biases.
 CASES = {
     "model": (32, 3, 64, False, False),
@@ -48,10 +44,6 @@ def _parameters(
     ]
 
 
-def _wide(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_and_gradients_are_as_good_as_pytorch_s(case: str) -> None:
     heads = CASES[case][1]
@@ -65,19 +57,16 @@ def test_parameters_and_gradients_are_as_good_as_pytorch_s(case: str) -> None:
     ):
         actual = getattr(conv_attention, name)(*arguments, **settings)
         definition = getattr(primitives, f"conv_attention_{name}")
-        exact = definition(*_wide(arguments), **settings)
+        exact = definition(*double(arguments), **settings)
         reference = definition(*arguments, **settings)
-        for mine, true, theirs in zip(actual, exact, reference, strict=True):
-            assert mine.shape == true.shape
-            assert mine.is_contiguous()
-            if true.numel():
-                assert_as_good(mine, true, theirs, backward=backward)
+        assert all(t.is_contiguous() for t in actual)
+        assert_all_as_good(actual, exact, reference, backward=backward)
 
 
 def test_parameters_of_half_precision_have_gradients_of_it() -> None:
     inputs = _parameters(*CASES["odd, values, biases"], dtype=torch.float16)
     results = conv_attention.fold(*inputs, heads=2, eps=1e-5)
-    expected = primitives.conv_attention_fold(*_wide(inputs), heads=2, eps=1e-5)
+    expected = primitives.conv_attention_fold(*double(inputs), heads=2, eps=1e-5)
     for mine, true in zip(results, expected, strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
@@ -116,8 +105,7 @@ def test_the_op_gives_what_plain_pytorch_does_with_biases_and_values(training: b
     with use_backend("triton"):
         actual = run(torch.float32)
     for part, backward in ((0, False), (1, True)):
-        for mine, true, theirs in zip(actual[part], exact[part], reference[part], strict=True):
-            assert_as_good(mine, true, theirs, backward=backward)
+        assert_all_as_good(actual[part], exact[part], reference[part], backward=backward)
 
 
 def test_a_key_bias_changes_nothing_and_has_a_gradient_of_zeros() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,23 +13,21 @@ import torch
 from torch import Tensor
 
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, double
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import (
-        conv_attention,
-        conv_attention_attend_backward,
-        conv_attention_key_gradients,
-        conv_attention_one_pass,
-        launches,
-    )
-    from tests.kernels import aot
-    from tests.kernels.test_conv_attention import Attention
+pytest.importorskip("triton")
+from eqcvt.kernels import (
+    conv_attention,
+    conv_attention_attend_backward,
+    conv_attention_key_gradients,
+    conv_attention_one_pass,
+    launches,
+)
+from tests.kernels import aot
+from tests.kernels.memory import filled_memory
+from tests.kernels.test_conv_attention import Attention
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 HALF = {"dtype": torch.float16, "width": 32}
 # The interpreter has no products of bfloat16.
 DTYPES = [torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -64,12 +61,9 @@ def _check(case: Attention, tiles: int, dropout: float = 0.3) -> None:
     given = case.backward(o, lse)
     with _held(tiles):
         found = conv_attention.attend_backward(*given, dropout=dropout)
-    wide = [t.double() if t is not None and t.is_floating_point() else t for t in given]
-    exact = primitives.conv_attention_attend_backward(*wide, dropout=dropout)
+    exact = primitives.conv_attention_attend_backward(*double(given), dropout=dropout)
     plain = primitives.conv_attention_attend_backward(*given, dropout=dropout)
-    for a, e, p in zip(found, exact, plain, strict=True):
-        if e.numel():
-            assert_as_good(a, e, p, backward=True)
+    assert_all_as_good(found, exact, plain, backward=True)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -149,18 +143,12 @@ def test_what_is_not_finite_spoils_its_image_only(value: float) -> None:
     assert not da[1].isfinite().any()
 
 
-def test_second_runs_and_filled_memory_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_runs_and_filled_memory_give_the_same_bits() -> None:
     case = Attention(**HALF, queries=70, keys=300, batch=1)
     expected = _gradients(case, 4)
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-
-    def filled(t: Tensor) -> Tensor:
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda t, *s, **k: filled(new_empty(t, *s, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda t: filled(empty_like(t)))
-    for a, b in zip(_gradients(case, 4), expected, strict=True):
-        assert torch.equal(a, b)
+    with filled_memory():
+        found = _gradients(case, 4)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_who_may_be_made_in_one_pass() -> None:

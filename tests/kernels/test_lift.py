@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,15 +11,13 @@ from torch import Tensor
 
 from eqcvt import ops
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, assert_as_good
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import launches, lift, lift_tile
+pytest.importorskip("triton")
+from eqcvt.kernels import launches, lift, lift_tile
+from tests.kernels.memory import filled_memory
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 DTYPES = (torch.float32, torch.float16)
 
 
@@ -137,8 +134,7 @@ def _check(case: Case, dtype: torch.dtype, input_gradient: bool) -> None:
         case.moments(module, d)
         for module, d in ((primitives, torch.float64), (primitives, dtype), (lift, dtype))
     )
-    for triple in zip(actual, exact, reference, strict=True):
-        assert_as_good(*triple)
+    assert_all_as_good(actual, exact, reference)
     y, arg = case.apply(lift, dtype)
     exact_y, exact_arg = case.apply(primitives, torch.float64)
     reference_y, _ = case.apply(primitives, dtype)
@@ -339,22 +335,14 @@ def test_batches_in_parts_and_second_runs_give_the_same_bits(
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        t = empty(*args, **kwargs)
-        return t.fill_(float("nan") if t.is_floating_point() else 77)
-
+def test_every_element_is_written() -> None:
     case = Case(height=5, width=6, channels=1)
     dy = torch.randn(2, 2, 3, 4, dtype=torch.float64)
     expected = [*case.moments(lift, torch.float32), *case.apply(lift, torch.float32)]
     expected += case.backward(lift, torch.float32, dy, expected[-1], True)
-    monkeypatch.setattr(torch, "empty", filled)
-    monkeypatch.setattr(Tensor, "new_empty", lambda t, *s, **k: filled(*s, dtype=t.dtype, **k))
-    monkeypatch.setattr(torch, "empty_like", lambda t: filled(t.shape, dtype=t.dtype))
-    found = [*case.moments(lift, torch.float32), *case.apply(lift, torch.float32)]
-    found += case.backward(lift, torch.float32, dy, expected[5], True)
+    with filled_memory():
+        found = [*case.moments(lift, torch.float32), *case.apply(lift, torch.float32)]
+        found += case.backward(lift, torch.float32, dy, expected[5], True)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 

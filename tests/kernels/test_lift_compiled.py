@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,14 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import lift, lift_blur, lift_tile
-    from tests.kernels import aot
+pytest.importorskip("triton")
+from eqcvt.kernels import lift, lift_blur, lift_tile
+from tests.kernels import aot
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,15 +9,12 @@ from torch import Tensor
 from eqcvt.ops import use_backend
 from eqcvt.ops.norm import affine
 from eqcvt.tune.cases import CALLS, results
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import lift, lift_norm
+pytest.importorskip("triton")
+from eqcvt.kernels import lift, lift_norm
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 
 
 @pytest.mark.parametrize("fields", [1, 10, 131])
@@ -36,8 +31,7 @@ def test_the_norm_and_its_gradient_are_as_good_as_pytorch_s(fields: int) -> None
     exact, reference = plain(torch.float64), plain(torch.float32)
     actual = lift.norm(*given, eps=1e-5), lift.norm_backward(*gradients, *given, eps=1e-5)
     for part, backward in ((0, False), (1, True)):
-        for mine, true, theirs in zip(actual[part], exact[part], reference[part], strict=True):
-            assert_as_good(mine, true, theirs, backward=backward)
+        assert_all_as_good(actual[part], exact[part], reference[part], backward=backward)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3, 3), (10, 4, 3, 7, 7), (3, 8, 40, 5, 5)])
@@ -57,10 +51,7 @@ def test_gradients_of_filters_are_as_good_as_pytorch_s(shape: tuple[int, ...]) -
 
     mine = [lift.moments_backward(dmean, dvariance, mean, ux, ones, count=count)]
     mine += lift_norm.scale_gradient(products.clone(), bank, scale, torch.float16)
-    for actual, exact, reference in zip(
-        mine, plain(torch.float64), plain(torch.float32), strict=True
-    ):
-        assert_as_good(actual, exact, reference, backward=True)
+    assert_all_as_good(mine, plain(torch.float64), plain(torch.float32), backward=True)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -73,5 +64,4 @@ def test_the_op_gives_what_plain_pytorch_does(training: bool) -> None:
     with use_backend("triton"):
         actual = results(call, inputs)
     for part, backward in ((0, False), (1, True)):
-        for mine, true, theirs in zip(actual[part], exact[part], reference[part], strict=True):
-            assert_as_good(mine, true, theirs, backward=backward)
+        assert_all_as_good(actual[part], exact[part], reference[part], backward=backward)

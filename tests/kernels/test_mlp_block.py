@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +14,15 @@ from torch import Tensor
 
 from eqcvt import ops
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, assert_as_good
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import common, mlp_block
-    from eqcvt.kernels import dropout as mask
-    from tests.kernels import aot
+pytest.importorskip("triton")
+from eqcvt.kernels import common, mlp_block
+from eqcvt.kernels import dropout as mask
+from tests.kernels import aot
+from tests.kernels.memory import filled_memory
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 
 
 class Case:
@@ -69,8 +66,7 @@ class Case:
             primitives.mlp_block_backward(self.dy.to(x[0].dtype), *x, **self.settings)
             for x in (self.forward(wide=True), self.forward())
         )
-        for triple in zip(gradients, *wanted, strict=True):
-            assert_as_good(*triple, backward=True)
+        assert_all_as_good(gradients, *wanted, backward=True)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -137,26 +133,15 @@ def test_what_is_not_finite_spoils_its_token_only(value: float) -> None:
     assert all(t.isnan().any() for t in parameters[:3])
 
 
-def test_any_strides_second_runs_and_filled_memory_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_any_strides_second_runs_and_filled_memory_give_the_same_bits() -> None:
     case = Case(batch=1, hidden=70)
     expected = case.run()
     case.x = case.x.transpose(1, 2).contiguous().transpose(1, 2)
     case.dy = torch.stack([case.dy, case.dy], -1)[..., 0]
     assert not case.x.is_contiguous()
     assert not case.dy.is_contiguous()
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-    nan = float("nan")
-    monkeypatch.setattr(
-        Tensor,
-        "new_empty",
-        lambda t, *s, **k: new_empty(t, *s, **k).fill_(nan if t.is_floating_point() else 0),
-    )
-    monkeypatch.setattr(
-        torch, "empty_like", lambda t: empty_like(t).fill_(nan if t.is_floating_point() else 0)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
+    with filled_memory():
+        assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 
 def test_runs_of_tiles_sum_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,16 +11,14 @@ import torch
 from torch import Tensor
 
 from tests.ops import primitives
-from tests.tolerance import assert_as_good
+from tests.tolerance import assert_all_as_good, assert_as_good
 
-if importlib.util.find_spec("triton"):
-    from eqcvt.kernels import common, token_embed
-    from tests.kernels import aot
+pytest.importorskip("triton")
+from eqcvt.kernels import common, token_embed
+from tests.kernels import aot
+from tests.kernels.memory import filled_memory
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for CPUs"),
-]
+pytestmark = pytest.mark.needs("interpreter")
 
 
 class Case:
@@ -67,8 +64,7 @@ class Case:
             primitives.token_embed_backward(self.dy.to(x[0].dtype), *x, **settings)
             for x in (self.forward(wide=True), self.forward())
         )
-        for triple in zip(gradients, *wanted, strict=True):
-            assert_as_good(*triple, backward=True)
+        assert_all_as_good(gradients, *wanted, backward=True)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -119,22 +115,15 @@ def test_what_is_not_finite_spoils_the_tokens_that_see_it(value: float) -> None:
     assert torch.equal(dx.isnan(), wanted[0].isnan())
 
 
-def test_any_strides_second_runs_and_filled_memory_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_any_strides_second_runs_and_filled_memory_give_the_same_bits() -> None:
     case = Case(channels=5)
     expected = case.run()
     case.x = case.x.contiguous(memory_format=torch.channels_last)
     case.dy = torch.stack([case.dy, case.dy], -1)[..., 0]
     assert not case.x.is_contiguous()
     assert not case.dy.is_contiguous()
-    new_empty, empty_like = Tensor.new_empty, torch.empty_like
-    nan = float("nan")
-    monkeypatch.setattr(Tensor, "new_empty", lambda t, *s, **k: new_empty(t, *s, **k).fill_(nan))
-    monkeypatch.setattr(
-        torch, "empty_like", lambda t: empty_like(t).fill_(nan if t.is_floating_point() else 0)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
+    with filled_memory():
+        assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
 
 
 def test_runs_of_tiles_sum_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
