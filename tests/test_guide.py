@@ -140,8 +140,8 @@ def test_the_batch_script_is_sound() -> None:
     assert f"#SBATCH --gpus-per-node {processes}\n" in script
     parsed = parse(arguments(launched))
     assert parsed["batch_size"] % (nodes * processes) == 0
-    (copy,) = [words for words in lines("bash") if "cp" in words]
-    assert parsed["data"] == copy[-1]
+    (copy,) = [words for words in lines("bash") if "rsync" in words]
+    assert parsed["data"] == copy[-1].rstrip("/")
     assert "SLURM" not in copy[-1]  # another path would be another survey
 
 

@@ -305,6 +305,8 @@ def test_constants_are_exact_in_every_precision() -> None:
         assert torch.equal(one, other)
     for one, other in zip(constants(model.double()), fresh, strict=True):
         assert 0 < (one - other).abs().max() < 1e-7
+    model.lift[0].mask = None  # taken off, it stays off
+    assert model.float().lift[0].mask is None
 
 
 def test_cvt_refuses_images_that_leave_no_tokens() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ def _show_warning(
 @contextmanager
 def as_interrupt(number: signal.Signals) -> Iterator[None]:
     """Let a signal end the block as Ctrl-C does, so that nothing half done stays behind."""
+    if threading.current_thread() is not threading.main_thread():  # whose signals they are
+        yield
+        return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -53,7 +57,7 @@ def as_interrupt(number: signal.Signals) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.signal(number, before or signal.SIG_DFL)
 
 
 class _Group(TyperGroup):

@@ -81,7 +81,7 @@ def predict(
     index, number = index * crew.size + crew.rank, number * crew.size
     alone = part is None and crew.size == 1
     if out is None and not alone:
-        raise ValueError("several parts make a file: say which with --out FILE")
+        raise ValueError("a part is written to a file: say which with --out FILE")
     if out is not None:
         free(out, overwrite or not alone)  # merging compares what is there
     with as_interrupt(signal.SIGTERM), crew.work():
@@ -135,7 +135,8 @@ def merge(
 
 def _merge(parts: Parts, number: int | None = None, *, overwrite: bool) -> None:
     """Join parts, and say so."""
-    count, failed = parts.merge(number, overwrite=overwrite)
+    with as_interrupt(signal.SIGTERM):
+        count, failed = parts.merge(number, overwrite=overwrite)
     console().print(f"wrote {parts.out}: {count:,} images", markup=False, soft_wrap=True)
     _say_failed(failed, count)
 

@@ -234,7 +234,8 @@ def _read_npz(path: Path) -> LensingImages:
             except Exception as error:
                 what = "holds pickled Python objects"
                 if _OBJECTS not in str(error):
-                    what = f"is truncated or damaged ({error})"
+                    too_large = "too large for the memory, or " * isinstance(error, MemoryError)
+                    what = f"is {too_large}truncated or damaged ({error})"
                 raise ValueError(f"{path}: {name!r} {what}") from error
     try:
         return _from_columns(columns)
@@ -445,6 +446,8 @@ def to_unit(images: Tensor | npt.NDArray[Any]) -> Tensor:
         float32 [B, C, H, W].
     """
     if isinstance(images, np.ndarray):
+        if images.dtype.kind not in "buif":
+            raise TypeError(f"images must be numbers, got {images.dtype}")
         wide = np.float64 if images.dtype.itemsize > 2 else np.float32
         kept = np.uint8 if images.dtype == np.uint8 else wide
         images = torch.from_numpy(np.require(images, kept, ["C", "W"]))

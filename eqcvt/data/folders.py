@@ -119,19 +119,23 @@ def _read_fits(path: Path) -> npt.NDArray[Any]:
         ) from error
     try:
         with fits.open(path, memmap=False) as units:
-            shapes = [list(unit.shape) if unit.is_image else [] for unit in units]
-            fit = [
-                unit
-                for unit, shape in zip(units, shapes, strict=True)
-                if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
-            ]
-            if not fit:
+            unit, shapes = None, []
+            try:
+                for other in units:
+                    shapes.append(list(other.shape) if other.is_image else [])
+                    if len(shapes[-1]) == 2 or (len(shapes[-1]) == 3 and shapes[-1][0] in (1, 3)):
+                        # Errors and weights may come before what was observed.
+                        unit = other if unit is None or other.name == "SCI" else unit
+                        if other.name == "SCI":
+                            break
+            except Exception:  # of a damaged one behind an image
+                if unit is None:
+                    raise
+            if unit is None:
                 raise ValueError(
                     "no HDU is an image [H, W], [1, H, W] or [3, H, W]; their shapes are "
                     f"{', '.join(map(str, shapes))}"
                 )
-            # Errors and weights may come before what was observed.
-            unit = next((unit for unit in fit if unit.name == "SCI"), fit[0])
             blank, zero = (unit.header.get(name) for name in ("BLANK", "BZERO"))
             data: npt.NDArray[Any] = unit.data
             # Counts are often signed.

@@ -38,19 +38,19 @@ def pixels(images: npt.NDArray[Any], what: str = "images") -> npt.NDArray[Any]:
 
     An image of wider numbers whose differences float32 cannot hold, as those of a pedestal of 1e9
     or of units of 1e-50, is scaled from its own minimum to its maximum (see ``to_unit``) before.
+    What is too large for float32 becomes infinite.
     """
     kind = pixel_type(images.dtype, what)
     if images.dtype.itemsize <= 4:
         return images.astype(kind, copy=False)
-    each, finite = tuple(range(1, images.ndim)), np.isfinite(images)
-    low = images.min(axis=each, where=finite, initial=np.inf, keepdims=True)
-    high = images.max(axis=each, where=finite, initial=-np.inf, keepdims=True)
-    # What is larger overflows, what is smaller is rounded more than the others are, and float32
-    # has 24 bits, of which an image's own range is left 13.
-    size, span = np.maximum(-low, high), high / 2 - low / 2
-    lost = (size > np.finfo(kind).max) | (size < 1e-30) | (span < size * 2.0**-12)
-    if lost.any():
-        with np.errstate(invalid="ignore"):  # of pixels that are not finite
-            unit = (images / 2 - low / 2) / np.where(span > 0, span, 1)
-        images = np.where(lost, unit, images)
-    return images.astype(kind)
+    with np.errstate(over="ignore", invalid="ignore"):
+        kept = images.astype(kind)
+        for image, into in zip(images, kept, strict=True):
+            finite = np.isfinite(into)
+            low = image.min(where=finite, initial=np.inf)
+            span = image.max(where=finite, initial=-np.inf) - low
+            size = np.abs(image).max(where=finite, initial=0)
+            # float32 rounds what is smaller more, and has 24 bits, of which seven are left.
+            if span > 0 and (size < 1e-30 or span < size * 2.0**-17):
+                into[...] = (image - low) / span
+    return kept

@@ -137,19 +137,21 @@ def _version(path: Path) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the files at any depth in a folder, but for what is hidden."""
-    here = folder.resolve()
-    if here in above:  # a link back
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
+def _files(top: Path) -> Iterator[Path]:
+    """Yield the files at any depth in a folder, but for what is hidden; each folder's once."""
+    seen: set[Path] = set()
+    waiting = [top]
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0)):
+            here = Path(place).resolve()
+            if here in seen:  # reached over another link
+                folders.clear()
                 continue
-            if entry.is_dir():
-                yield from _files(Path(entry.path), (*above, here))
-            else:
-                yield Path(entry.path)
+            seen.add(here)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            # Links come last, so that a folder has the name of its own place.
+            waiting += [Path(place, name) for name in folders if Path(place, name).is_symlink()]
+            yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

@@ -237,6 +237,17 @@ def test_what_is_hidden_and_folders_named_as_images_are_passed_over(
     assert "lost.png" in invoke("predict", model, root, code=2).stderr
 
 
+def test_folders_that_link_each_other_are_searched_once(tmp_path: Path) -> None:
+    folders = [tmp_path / str(i) for i in range(6)]
+    for folder in folders:
+        folder.mkdir()
+        np.save(folder / "a.npy", np.zeros((SIZE, SIZE)))
+        for other in folders:
+            if other != folder:
+                (folder / f"to{other.name}").symlink_to(other)
+    assert Images.find([tmp_path]).files == [folder / "a.npy" for folder in folders]
+
+
 def test_linked_folders_are_searched_and_files_that_are_no_images_are_said(
     model: Path, survey: Path, tmp_path: Path
 ) -> None:

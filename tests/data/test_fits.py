@@ -55,6 +55,14 @@ def test_the_image_named_sci_is_read(tmp_path):
     assert np.array_equal(read_image(tmp_path / "b.fits"), IMAGE + 1)
 
 
+def test_an_image_before_a_damaged_one_is_read(tmp_path):
+    path = write(tmp_path / "a.fits", IMAGE.astype(np.float32), IMAGE)
+    content = bytearray(path.read_bytes())
+    content[5760 : 5760 + 160] = b"#" * 160  # the second header: each block has 2880 bytes
+    path.write_bytes(content)
+    assert np.array_equal(read_image(path), IMAGE)
+
+
 @pytest.mark.parametrize("dtype", ["i2", "u2", "i4", "u4", "i8", "u8"])
 def test_blank_pixels_are_no_numbers(tmp_path, dtype):
     from astropy.io import fits

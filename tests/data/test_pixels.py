@@ -19,8 +19,6 @@ WIDE = {
     "below zero": PLAIN - 1e13,
     "tiny": PLAIN * 1e-50,
     "small pedestal": PLAIN * 1e-50 + 1e-47,
-    "huge": PLAIN * 1e40,
-    "widest": (PLAIN - 100) * 1.7e306,
     "counts": PLAIN.astype(np.int64) + 2**40,
 }
 
@@ -49,19 +47,21 @@ def test_training_and_prediction_see_them_alike(tmp_path: Path, name: str) -> No
     torch.testing.assert_close(together, torch.cat([expected] * len(trained)), atol=1e-3, rtol=0)
     chunks = [chunk.images for chunk in Images.find(paths).chunks(1, 9, "refuse")]
     assert torch.equal(torch.cat(chunks), together)
-    if images.dtype == np.float64 and name != "widest":
+    if images.dtype == np.float64:
         torch.testing.assert_close(seen(images), expected, atol=1e-3, rtol=0)
 
 
 def test_one_of_them_changes_no_other() -> None:
-    mixed = np.concatenate([PLAIN / 7, *WIDE.values(), np.full((1, 9, 9), 1e40)])
-    mixed[1, 0, :3] = np.nan, np.inf, -np.inf
-    mixed[3, 0, :3] = np.nan, np.inf, -np.inf
+    plain = np.concatenate([PLAIN / 7, PLAIN + 3000, np.full((1, 9, 9), 7.3)])
+    mixed = np.concatenate([plain, *WIDE.values(), np.full((1, 9, 9), 1e40)])
+    for i in (1, len(plain) + 1):
+        mixed[i, 0, :3] = np.nan, np.inf, -np.inf
     found = pixels(mixed)
     assert found.dtype == np.float32
-    assert np.array_equal(found[:3], mixed[:3].astype(np.float32), equal_nan=True)
-    assert (np.isfinite(found) == np.isfinite(mixed)).all()
-    assert not found[-1].any()
+    expected = mixed[: len(plain)].astype(np.float32)
+    assert np.array_equal(found[: len(plain)], expected, equal_nan=True)
+    assert (np.isfinite(found) == np.isfinite(mixed))[:-1].all()
+    assert np.isinf(found[-1]).all()
     for kind in ("f2", "f4", ">f4", "u1", "u2"):
         narrow = (PLAIN + 1e4).astype(kind)
         assert np.array_equal(pixels(narrow), narrow.astype(np.uint8 if kind == "u1" else "f4"))

@@ -88,7 +88,7 @@ def build(folder: Path, *sources: Path, sanitizer: str | None = None) -> Path:
     if sanitizer is None:
         loaded = os.environ.get("LD_PRELOAD", "")
         sanitizer = next((kind for kind, name in RUNTIMES.items() if name in loaded), None)
-    library = folder / f"{sources[0].stem}_{sanitizer}.so"
+    library = folder / f"{sources[0].stem}{f'_{sanitizer}' if sanitizer else ''}.so"
     extra = [] if sanitizer is None else [f"-fsanitize={sanitizer}", "-g1"]
     command = ["g++", *FLAGS, *ALIGNMENT, *extra, "-DEQCVT_EMULATE", '-DEQCVT_API=extern "C"']
     command += ["-include", str(HERE / "emulate.h"), "-x", "c++", *map(str, sources)]

@@ -15,7 +15,8 @@
 // - a race, of shared or global memory: by ThreadSanitizer, for which each thread of a block is a
 //   thread, ordered with others by launches, barriers and nothing else (not by a shuffle).
 // What it cannot show: speed, bank conflicts, the rounding of the device's own exp2, rsqrt and
-// matrix unit.
+// matrix unit, and by ThreadSanitizer most races between blocks, whose threads are the same ones:
+// for these there are the orders.
 #pragma once
 
 #include <limits.h>
