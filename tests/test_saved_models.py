@@ -102,9 +102,11 @@ def test_models_of_the_hub_have_their_class_names(
     api = MagicMock()
     api.return_value.create_repo.return_value.repo_id = "me/lens"
     monkeypatch.setattr(hub_mixin, "HfApi", api)
-    model.push_to_hub("me/lens")
-    # What is uploaded in the same commit is not deleted.
-    assert api.return_value.upload_folder.call_args.kwargs["delete_patterns"] == "classes.json"
+    # Names that this model brings, or that it has and the caller does not upload, are not deleted.
+    for names, deleted in ((("no_sub", "sub"), None), (None, "classes.json")):
+        model.classes = names
+        model.push_to_hub("me/lens")
+        assert api.return_value.upload_folder.call_args.kwargs["delete_patterns"] == deleted
 
 
 def test_a_model_is_loaded_to_a_device_or_its_name(tmp_path: Path) -> None:

@@ -448,8 +448,8 @@ def to_unit(images: Tensor | npt.NDArray[Any]) -> Tensor:
     if isinstance(images, np.ndarray):
         if images.dtype.kind not in "buif":
             raise TypeError(f"images must be numbers, got {images.dtype}")
-        wide = np.float64 if images.dtype.itemsize > 2 else np.float32
-        kept = np.uint8 if images.dtype == np.uint8 else wide
+        floating = np.float32 if np.can_cast(images.dtype, np.float32) else np.float64
+        kept = np.uint8 if images.dtype == np.uint8 else floating
         images = torch.from_numpy(np.require(images, kept, ["C", "W"]))
     if images.ndim not in (3, 4):
         raise ValueError(

@@ -333,7 +333,8 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the model to the Hub (``kwargs`` are ``huggingface_hub``'s), as it is saved."""
-        kwargs.setdefault("delete_patterns", CLASSES)  # unless this model brings its own
+        if self.classes is None:  # an older model's names do not stay
+            kwargs.setdefault("delete_patterns", CLASSES)
         return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod

@@ -51,6 +51,14 @@ def test_training_and_prediction_see_them_alike(tmp_path: Path, name: str) -> No
         torch.testing.assert_close(seen(images), expected, atol=1e-3, rtol=0)
 
 
+def test_arrays_are_seen_as_tensors_are() -> None:
+    plain = (PLAIN / 7).astype(np.float32)
+    for kind in ("f4", ">f4"):
+        assert torch.equal(to_unit(plain.astype(kind)), seen(plain))
+    for images in (WIDE["pedestal"], WIDE["counts"]):
+        torch.testing.assert_close(to_unit(images), seen(PLAIN), atol=1e-6, rtol=0)
+
+
 def test_one_of_them_changes_no_other() -> None:
     plain = np.concatenate([PLAIN / 7, PLAIN + 3000, np.full((1, 9, 9), 7.3)])
     mixed = np.concatenate([plain, *WIDE.values(), np.full((1, 9, 9), 1e40)])
