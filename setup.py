@@ -25,10 +25,12 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).resolve().parent
 WITHOUT = "EQCVT_NATIVE=0 installs eqcvt without its native extension"
 # Each csrc/cpu/<op>.cpp is compiled once for each of these; csrc/bindings.cpp picks one at import.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 X86 = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],  # GCC 11, clang 12 and newer
 }
 ONCE = ("csrc/bindings.cpp", "csrc/cpu/parallel.cpp")
 # NaN and infinity have a meaning in every kernel, so -ffast-math is out of the question.
@@ -79,6 +81,15 @@ def find_compiler() -> list[str]:
         f"eqcvt needs a C++17 compiler ({tried}): install one (Debian, Ubuntu: apt install g++) "
         f"or name it in CXX; {WITHOUT}"
     )
+
+
+def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
+    """Return what to compile CPU kernels for: names and options, as far as the compiler knows."""
+    if not re.search(r"(x86_64|amd64)$", sysconfig.get_platform()):
+        return {"portable": []}
+    command = [*compiler, *X86["amx"], "-E", "-x", "c++", os.devnull]
+    knows = not subprocess.run(command, capture_output=True).returncode
+    return {isa: options for isa, options in X86.items() if knows or isa != "amx"}
 
 
 def find_ninja() -> str:
@@ -217,15 +228,15 @@ class BuildNative(build_ext):
         compiler = find_compiler()
         nvcc = find_nvcc()
         ninja = Ninja(folder)
-        wide = re.search(r"(x86_64|amd64)$", sysconfig.get_platform())
+        sets = instruction_sets(compiler)
         base = [*compiler, *OPTIONS.split(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        defines = [f"-DEQCVT_X86={int(bool(wide))}"]
+        defines = [f"-DEQCVT_X86={int('avx2' in sets)}", f"-DEQCVT_AMX={int('amx' in sets)}"]
         link = ["-shared", "-pthread"]
         if sysconfig.get_platform().startswith("macosx"):
             link = ["-bundle", "-undefined", "dynamic_lookup"]
         objects = [
             ninja.compile(source, [*base, *flags, f"-DEQCVT_ISA={isa}"], isa)
-            for isa, flags in (X86 if wide else {"portable": []}).items()
+            for isa, flags in sets.items()
             for source in sources("cpu/*.cpp")
             if source not in ONCE
         ]

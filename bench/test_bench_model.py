@@ -72,6 +72,8 @@ def cases(device: str) -> list[Case]:
         dtypes = [main_dtype]
         if device == "cuda" and (name, size, images) == ("EqCvT", 129, 128):
             dtypes.append("tf32")
+        if device == "cpu" and (size, images) == (129, 4):
+            dtypes.append("bfloat16")
         for dtype in dtypes:
             result += [
                 case for case in both(**whole, dtype=dtype) if images > 1 or not case.training

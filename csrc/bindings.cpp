@@ -6,6 +6,12 @@
 // of workspace needed. All let other Python threads run meanwhile.
 #include <pybind11/pybind11.h>
 
+#if EQCVT_AMX && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 #include <tuple>
@@ -25,8 +31,25 @@ namespace {
 #define EQCVT_TEXT2(words) #words
 #define EQCVT_TEXT(words) EQCVT_TEXT2(words)
 
-enum Isa { PORTABLE, AVX2, AVX512 };
-constexpr const char* NAMES[] = {"portable", "avx2", "avx512"};
+enum Isa { PORTABLE, AVX2, AVX512, AMX };
+constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "amx"};
+constexpr int BUILT = EQCVT_AMX ? AMX : EQCVT_X86 ? AVX512 : PORTABLE; // and those before it
+
+// Whether there is a matrix unit for bfloat16 that this process may use: Linux has to be asked
+// once, since a thread's state grows by 8 kB.
+bool has_matrix_unit() {
+#if EQCVT_AMX && defined(__linux__)
+    unsigned a, b, c, d, bf16;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+    bf16 = a >> 5 & 1; // AVX512_BF16
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    bf16 &= d >> 22 & d >> 24 & 1;                  // AMX-BF16, AMX-TILE
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return bf16 && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
 
 bool runs(int isa) {
 #if EQCVT_X86
@@ -34,7 +57,8 @@ bool runs(int isa) {
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return isa == PORTABLE || (isa == AVX2 ? avx2 : avx512);
+    return isa == PORTABLE || (isa == AVX2 && avx2) || (isa == AVX512 && avx512) ||
+           (isa == AMX && avx512 && has_matrix_unit());
 #else
     return isa == PORTABLE;
 #endif
@@ -45,7 +69,7 @@ int choose_isa() {
     const char* value = std::getenv("EQCVT_ISA");
     std::string wish = value ? value : "", usable;
     int widest = PORTABLE;
-    for (int isa : {PORTABLE, AVX2, AVX512}) {
+    for (int isa = PORTABLE; isa <= BUILT; ++isa) {
         if (!runs(isa)) continue;
         if (wish == NAMES[isa]) return isa;
         usable += (usable.empty() ? "" : ", ") + std::string(NAMES[isa]);
@@ -100,14 +124,21 @@ template <class... A> void add_cuda(py::module_& m, const std::string& name, int
 }
 
 #if EQCVT_X86
-#define EQCVT_ADD_CPU(name)                                                                        \
-    add_cpu(m, #name,                                                                              \
-            isa == PORTABLE ? eqcvt_cpu_##name##_portable                                          \
-            : isa == AVX2   ? eqcvt_cpu_##name##_avx2                                              \
-                            : eqcvt_cpu_##name##_avx512);
+#define EQCVT_WIDE(name) , eqcvt_cpu_##name##_avx2, eqcvt_cpu_##name##_avx512
 #else
-#define EQCVT_ADD_CPU(name) add_cpu(m, #name, eqcvt_cpu_##name##_portable);
+#define EQCVT_WIDE(name)
 #endif
+#if EQCVT_AMX
+#define EQCVT_WIDEST(name) , eqcvt_cpu_##name##_amx
+#else
+#define EQCVT_WIDEST(name)
+#endif
+#define EQCVT_ADD_CPU(name)                                                                        \
+    {                                                                                              \
+        decltype(&eqcvt_cpu_##name##_portable) variants[] = {                                      \
+            eqcvt_cpu_##name##_portable EQCVT_WIDE(name) EQCVT_WIDEST(name)};                      \
+        add_cpu(m, #name, variants[isa]);                                                          \
+    }
 #if defined(EQCVT_CUDA)
 #define EQCVT_ADD_CUDA(name) add_cuda(m, #name, eqcvt_cuda_##name);
 #else
@@ -139,8 +170,8 @@ PYBIND11_MODULE(_native, m) {
 
     py::dict build;
     py::list built, usable;
-    for (int i : {PORTABLE, AVX2, AVX512}) {
-        if (i == PORTABLE || EQCVT_X86) built.append(NAMES[i]);
+    for (int i = PORTABLE; i <= BUILT; ++i) {
+        built.append(NAMES[i]);
         if (runs(i)) usable.append(NAMES[i]);
     }
     build["version"] = EQCVT_TEXT(EQCVT_VERSION);

@@ -26,5 +26,6 @@ enum eqcvt_status { EQCVT_OK = 0, EQCVT_NO_MEMORY = -1, EQCVT_BAD_DTYPE = -2, EQ
     EQCVT_API int eqcvt_cpu_##name##_portable(__VA_ARGS__, int threads);                           \
     EQCVT_API int eqcvt_cpu_##name##_avx2(__VA_ARGS__, int threads);                               \
     EQCVT_API int eqcvt_cpu_##name##_avx512(__VA_ARGS__, int threads);                             \
+    EQCVT_API int eqcvt_cpu_##name##_amx(__VA_ARGS__, int threads);                                \
     EQCVT_API int eqcvt_cuda_##name(__VA_ARGS__, void* workspace, int64_t* workspace_bytes,        \
                                     void* stream)

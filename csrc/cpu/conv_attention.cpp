@@ -7,7 +7,7 @@
 // of the size of queries times keys, and no query, goes to memory.
 #include "../conv_attention.h"
 
-#include "conv_attention_tile.h"
+#include "conv_attention_products.h"
 
 namespace {
 
@@ -23,24 +23,24 @@ template <class T> struct Forward {
 };
 
 // The scores of K keys become weights, which are added to `sum`.
-template <int K, class S>
-EQCVT_INLINE void weigh(S* s, const vec<S> (&base)[kVectors<S>], vec<S> (&sum)[kVectors<S>]) {
+template <int K, class S, class Products> EQCVT_INLINE void weigh(Products& products, int64_t j,
+                                                                  const vec<S> (&base)[kVectors<S>],
+                                                                  vec<S> (&sum)[kVectors<S>]) {
     constexpr int V = kVectors<S>;
     vec<S> x[K * V];
 #pragma GCC unroll 8
-    for (int i = 0; i < K * V; ++i) x[i] = load(s + i * width<S>) - base[i % V];
-    vector_exp2<S>(x);
+    for (int i = 0; i < K * V; ++i)
+        x[i] = load(products.s + j * kLanes<S> + i * width<S>) - base[i % V];
+    Products::exp2(x);
 #pragma GCC unroll 8
-    for (int i = 0; i < K * V; ++i) {
-        store<S>(s + i * width<S>, x[i]);
-        sum[i % V] += x[i];
-    }
+    for (int i = 0; i < K * V; ++i) sum[i % V] += x[i];
+    products.template put<K>(j, x);
 }
 
 // o [channel][query] and the log-sum-exp of one head of a tile.
-template <class S>
-void attend(const Sizes<S>& z, S* o, S* lse, const S* q, const S* keys, const S* values, S* s) {
-    constexpr int V = kVectors<S>, W = width<S>;
+template <class S, class Products>
+void attend(const Sizes<S>& z, S* o, S* lse, const S* q, Products& products) {
+    constexpr int V = kVectors<S>, W = width<S>, K = Products::kAtOnce;
     constexpr int64_t L = kLanes<S>;
     vec<S> top[V], total[V];
     for (int v = 0; v < V; ++v) {
@@ -48,16 +48,14 @@ void attend(const Sizes<S>& z, S* o, S* lse, const S* q, const S* keys, const S*
         total[v] = broadcast<S>(0);
     }
     for (int64_t i = 0; i < z.lanes; ++i) o[i] = 0;
-    for (int64_t j0 = 0; j0 < z.M; j0 += kKeys) {
-        const int64_t count = z.M - j0 < kKeys ? z.M - j0 : kKeys;
+    products.begin(q, o);
+    for (int64_t j0 = 0; j0 < z.M; j0 += Products::kBlock) {
+        const int64_t left = z.M - j0, count = left < Products::kBlock ? left : Products::kBlock;
         vec<S> next[V], scale[V];
         for (int v = 0; v < V; ++v) next[v] = top[v];
-        lane_product<Lies::by_row>(round_up(count, kRows<S>), keys + j0 * z.stride, z.stride, q,
-                                   z.D, [&](int64_t r, int v, vec<S> x) {
-                                       store<S>(s + r * L + v * W, x);
-                                       next[v] = x > next[v] ? x : next[v];
-                                   });
+        products.scores(j0, count, [&](int v, vec<S> x) { next[v] = x > next[v] ? x : next[v]; });
         for (int v = 0; v < V; ++v) {
+            next[v] = next[v] > top[v] + Products::slack ? next[v] : top[v];
             // A row of -inf so far has no weights yet; in the end it is 0 / 0, as in PyTorch.
             const vec<S> none = broadcast<S>(-static_cast<S>(INFINITY));
             const vec<S> base = next[v] == none ? broadcast<S>(0) : next[v];
@@ -67,15 +65,12 @@ void attend(const Sizes<S>& z, S* o, S* lse, const S* q, const S* keys, const S*
         }
         vec<S> sum[V] = {};
         int64_t j = 0;
-        for (; j + kAtOnce <= count; j += kAtOnce) weigh<kAtOnce>(s + j * L, next, sum);
-        for (; j < count; ++j) weigh<1>(s + j * L, next, sum);
+        for (; j + K <= count; j += K) weigh<K, S>(products, j, next, sum);
+        for (; j < count; ++j) weigh<1, S>(products, j, next, sum);
         for (int v = 0; v < V; ++v) total[v] = total[v] * scale[v] + sum[v];
-        lane_product<Lies::by_column>(z.rows, values + j0 * z.stride, z.stride, s, count,
-                                      [&](int64_t r, int v, vec<S> x) {
-                                          S* entry = o + r * L + v * W;
-                                          store<S>(entry, load(entry) * scale[v] + x);
-                                      });
+        products.add(scale, j0, count);
     }
+    products.end();
     for (int64_t r = 0; r < z.rows; ++r)
         for (int v = 0; v < V; ++v) {
             S* entry = o + r * L + v * W;
@@ -105,59 +100,69 @@ void write(const Forward<T>& p, const Tile& tile, number_t<T>* rows, number_t<T>
     }
 }
 
+// One thread's memory.
+template <class T> struct Space {
+    using S = number_t<T>;
+    typename products_of<T>::forward products;
+    S *rows, *y;  // [query][channel]
+    S *a, *q, *o; // [channel][query]
+
+    Space(Pieces<S>& pieces, const Sizes<S>& z, bool separate)
+        : products(pieces, z, separate), rows(pieces.take(z.tokens)), y(pieces.take(z.tokens)),
+          a(pieces.take(z.lanes)), q(pieces.take(z.lanes)), o(pieces.take(z.lanes)) {}
+};
+
 template <class T>
-void run(const Forward<T>& p, const Weights<number_t<T>>& w, Range range, number_t<T>* memory) {
+void run(const Forward<T>& p, const Weights<number_t<T>>& w, Space<T>& m, Range range) {
     using S = number_t<T>;
     const Sizes<S>& z = p.z;
     constexpr int64_t L = kLanes<S>;
-    Pieces<S> pieces{memory};
-    S* keys = pieces.take(z.keys * z.stride);
-    S* values = p.c ? pieces.take(z.keys * z.stride) : keys;
-    S *rows = pieces.take(z.tokens), *y = pieces.take(z.tokens), *a = pieces.take(z.lanes);
-    S *q = pieces.take(z.lanes), *o = pieces.take(z.lanes), *s = pieces.take(z.block);
+    [[maybe_unused]] const typename products_of<T>::unit unit{};
     S lse[L];
     int64_t image = -1;
     for (int64_t t = range.begin; t < range.end; ++t) {
         const Tile tile(z, t);
         if (tile.image != image) {
             image = tile.image;
-            load_keys(z, keys, p.b + image * z.M * z.D, p.scale + z.D, p.shift + z.D);
-            if (p.c)
-                load_keys(z, values, p.c + image * z.M * z.D, p.scale + 2 * z.D, p.shift + 2 * z.D);
+            m.products.load_image(p.b + image * z.M * z.D, p.c ? p.c + image * z.M * z.D : nullptr,
+                                  p.scale, p.shift);
         }
         const int64_t first = image * z.N + tile.first;
-        load_affine(rows, p.a + first * z.D, tile.count, L, z.D, z.stride, p.scale, p.shift);
-        to_lanes(z, a, rows);
+        load_affine(m.rows, p.a + first * z.D, tile.count, L, z.D, z.stride, p.scale, p.shift);
+        to_lanes(z, m.a, m.rows);
         for (int64_t i = 0; i < L; ++i)
-            memcpy(y + i * z.stride, w.bo, static_cast<size_t>(z.stride) * sizeof(S));
+            memcpy(m.y + i * z.stride, w.bo, static_cast<size_t>(z.stride) * sizeof(S));
         for (int64_t h = 0; h < z.heads; ++h) {
-            make_queries(z, q, a, w.wq + h * z.matrix, w.bq + h * z.stride);
-            attend(z, o, p.lse ? lse : nullptr, q, keys, values, s);
-            product<Lies::by_column>(L, z.stride, o, L, w.wo + h * z.matrix, z.stride, z.D,
+            make_queries(z, m.q, m.a, w.wq + h * z.matrix, w.bq + h * z.stride);
+            attend(z, m.o, p.lse ? lse : nullptr, m.q, m.products);
+            product<Lies::by_column>(L, z.stride, m.o, L, w.wo + h * z.matrix, z.stride, z.D,
                                      [&](int64_t r, int64_t i, vec<S> x) {
-                                         S* entry = y + r * z.stride + i;
+                                         S* entry = m.y + r * z.stride + i;
                                          store<S>(entry, load(entry) + x);
                                      });
             if (!p.lse) continue;
             memcpy(p.lse + (image * z.heads + h) * z.N + tile.first, lse,
                    static_cast<size_t>(tile.count) * sizeof(S));
-            to_rows(z, rows, o);
+            to_rows(z, m.rows, m.o);
             for (int64_t i = 0; i < tile.count; ++i)
-                store_row(p.o + ((first + i) * z.heads + h) * z.D, rows + i * z.stride, z.D);
+                store_row(p.o + ((first + i) * z.heads + h) * z.D, m.rows + i * z.stride, z.D);
         }
-        write(p, tile, y, rows);
+        write(p, tile, m.y, m.rows);
     }
 }
 
 template <class T> int forward(const Forward<T>& p, const Weights<number_t<T>>& w, int threads) {
     using S = number_t<T>;
     const Sizes<S>& z = p.z;
-    const int64_t each =
-        (p.c ? 2 : 1) * z.keys * z.stride + 2 * z.tokens + 3 * z.lanes + z.block + 8 * 64;
+    const bool separate = p.c != nullptr;
+    const int64_t each = size_of<Space<T>, S>(z, separate);
     Scratch<S> memory(each * threads);
     if (!memory.data) return EQCVT_NO_MEMORY;
-    parallel(threads,
-             [&](int i, int n) { run(p, w, Range(z.B * z.tiles, i, n), memory.data + i * each); });
+    parallel(threads, [&](int i, int n) {
+        Pieces<S> pieces(memory.data + i * each);
+        Space<T> space(pieces, z, separate);
+        run(p, w, space, Range(z.B * z.tiles, i, n));
+    });
     return EQCVT_OK;
 }
 

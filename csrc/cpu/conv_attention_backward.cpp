@@ -9,7 +9,7 @@
 // thread, or where a run ends inside an image by its neighbours, whose parts are added in order.
 #include "../conv_attention.h"
 
-#include "conv_attention_tile.h"
+#include "conv_attention_products.h"
 
 namespace {
 
@@ -37,36 +37,25 @@ template <class T> struct Backward {
 
 // One thread's memory.
 template <class S> struct Space {
-    S *keys, *values;
     S *dkeys[2], *dvalues[2]; // of the image a run begins in, and of the later ones
     S *a_rows, *t_rows, *q_rows, *do_rows, *o_rows, *da_rows; // [query][channel]
     S *a, *t, *q, *dout, *dq;                                 // [channel][query]
-    S *p, *ds;                                                // [key][query]
     S* sums;                                                  // of a tile or some of them
     double* totals;                                           // of the run
 
-    static int64_t size(const Sizes<S>& z, int64_t sides, int64_t sums) {
-        return 3 * sides * z.keys * z.stride + 6 * z.tokens + 5 * z.lanes + 2 * z.block + sums +
-               24 * 64 + sums * static_cast<int64_t>(sizeof(double) / sizeof(S));
-    }
-    Space(const Sizes<S>& z, S* memory, bool separate, int64_t sums_size) {
-        Pieces<S> pieces{memory};
-        const int64_t side = z.keys * z.stride;
-        keys = pieces.take(side);
-        values = separate ? pieces.take(side) : keys;
+    Space(Pieces<S>& pieces, const Sizes<S>& z, bool separate, int64_t sums_size) {
         for (int i = 0; i < 2; ++i) {
-            dkeys[i] = pieces.take(side);
-            dvalues[i] = separate ? pieces.take(side) : dkeys[i];
+            dkeys[i] = pieces.take(z.keys * z.stride);
+            dvalues[i] = separate ? pieces.take(z.keys * z.stride) : dkeys[i];
         }
         S** rows[] = {&a_rows, &t_rows, &q_rows, &do_rows, &o_rows, &da_rows};
         for (S** piece : rows) *piece = pieces.take(z.tokens);
         S** lanes[] = {&a, &t, &q, &dout, &dq};
         for (S** piece : lanes) *piece = pieces.take(z.lanes);
-        p = pieces.take(z.block);
-        ds = pieces.take(z.block);
+        constexpr int64_t each = sizeof(double) / sizeof(S);
         sums = pieces.take(sums_size);
-        totals = reinterpret_cast<double*>(pieces.next);
-        for (int64_t i = 0; i < sums_size; ++i) sums[i] = 0, totals[i] = 0;
+        totals = reinterpret_cast<double*>(pieces.take(each * sums_size));
+        for (int64_t i = 0; sums && i < sums_size; ++i) sums[i] = 0, totals[i] = 0;
     }
     // Sums of at most some dozen terms in S become part of those in double.
     void flush(int64_t begin, int64_t end) const {
@@ -77,89 +66,85 @@ template <class S> struct Space {
     }
 };
 
-// to += A B, with rows of channels in B and `to`.
-template <Lies LIES, class S> inline void add_product(const Sizes<S>& z, S* to, int64_t rows,
-                                                      const S* a, int64_t a_stride, const S* b,
-                                                      int64_t depth) {
-    product<LIES>(rows, z.stride, a, a_stride, b, z.stride, depth,
-                  [&](int64_t r, int64_t i, vec<S> x) {
-                      S* entry = to + r * z.stride + i;
-                      store<S>(entry, load(entry) + x);
-                  });
-}
-
 // The scores of K keys become weights, and the gradients of the weights those of the scores.
-template <int K, class S> EQCVT_INLINE void weigh(S* p, S* ds, const vec<S> (&base)[kVectors<S>],
-                                                  const vec<S> (&mean)[kVectors<S>]) {
+template <int K, class S, class Products>
+EQCVT_INLINE void weigh(Products& products, int64_t j, const vec<S> (&base)[kVectors<S>],
+                        const vec<S> (&mean)[kVectors<S>]) {
     constexpr int V = kVectors<S>;
-    vec<S> x[K * V];
+    const int64_t at = j * kLanes<S>;
+    vec<S> x[K * V], g[K * V];
 #pragma GCC unroll 8
-    for (int i = 0; i < K * V; ++i) x[i] = load(p + i * width<S>) - base[i % V];
-    vector_exp2<S>(x);
+    for (int i = 0; i < K * V; ++i) x[i] = load(products.p + at + i * width<S>) - base[i % V];
+    Products::exp2(x);
 #pragma GCC unroll 8
-    for (int i = 0; i < K * V; ++i) {
-        S* entry = ds + i * width<S>;
-        store<S>(p + i * width<S>, x[i]);
-        store<S>(entry, x[i] * (load(entry) - mean[i % V]));
-    }
+    for (int i = 0; i < K * V; ++i)
+        g[i] = x[i] * (load(products.ds + at + i * width<S>) - mean[i % V]);
+    products.template put<K>(j, x, g);
 }
 
 // The same where these are all keys. Then the weights are made to sum to 1, and delta is the mean
 // of the very numbers it is taken from: beside the gradient of a softmax over few keys, the
 // roundings of o and lse are large.
-template <class S> void weigh_all(S* p, S* ds, int64_t keys, const vec<S> (&base)[kVectors<S>]) {
-    constexpr int64_t L = kLanes<S>;
-    for (int v = 0; v < kVectors<S>; ++v) {
-        const int64_t at = v * width<S>, end = at + keys * L;
-        vec<S> mean = {}, total = {};
-        for (int64_t i = at; i < end; i += L) {
-            const vec<S> weight = vector_exp2<S>(load(p + i) - base[v]);
-            store<S>(p + i, weight);
-            mean += weight * load(ds + i);
-            total += weight;
-        }
-        mean = keys == 1 ? load(ds + at) : mean / total;
-        for (int64_t i = at; i < end; i += L) {
-            const vec<S> weight = load(p + i) / total;
-            store<S>(p + i, weight);
-            store<S>(ds + i, weight * (load(ds + i) - mean));
-        }
-    }
-}
-
-// The gradients of one head's queries, and of the keys and values by `count` queries of a tile.
-template <class S> void attend_backward(const Sizes<S>& z, const Space<S>& m, int slot,
-                                        int64_t count, const S* lse, const S* delta) {
+template <class S, class Products> void weigh_all(Products& products, int64_t keys, int64_t queries,
+                                                  const vec<S> (&base)[kVectors<S>]) {
     constexpr int V = kVectors<S>, W = width<S>;
     constexpr int64_t L = kLanes<S>;
+    vec<S> mean[V] = {}, total[V] = {};
+    for (int64_t j = 0; j < keys; ++j)
+        for (int v = 0; v < V; ++v) {
+            S* p = products.p + j * L + v * W;
+            const vec<S> weight = vector_exp2<S>(load(p) - base[v]);
+            store<S>(p, weight);
+            mean[v] += weight * load(products.ds + j * L + v * W);
+            total[v] += weight;
+        }
+    S sums[L];
+    for (int v = 0; v < V; ++v) store<S>(sums + v * W, total[v]);
+    for (int64_t i = queries; i < L; ++i) sums[i] = 1; // no query, no weight
+    for (int v = 0; v < V; ++v) {
+        total[v] = load(sums + v * W);
+        mean[v] = keys == 1 ? load(products.ds + v * W) : mean[v] / total[v];
+    }
+    const auto put = [&](auto count, int64_t j) {
+        constexpr int K = decltype(count)::value;
+        vec<S> x[K * V], g[K * V];
+        for (int i = 0; i < K * V; ++i) {
+            x[i] = load(products.p + j * L + i * W) / total[i % V];
+            g[i] = x[i] * (load(products.ds + j * L + i * W) - mean[i % V]);
+        }
+        products.template put<K>(j, x, g);
+    };
+    int64_t j = 0;
+    constexpr int K = Products::kAtOnce;
+    for (; j + K <= keys; j += K) put(count_of<K>(), j);
+    for (; j < keys; ++j) put(count_of<1>(), j);
+}
+
+// The gradients of one head's queries, and of the keys and values by the queries of a tile.
+template <class S, class Products> void attend_backward(const Sizes<S>& z, Products& products,
+                                                        const Head<S>& head, const S* lse,
+                                                        const S* delta) {
+    constexpr int V = kVectors<S>, W = width<S>, K = Products::kAtOnce;
     vec<S> base[V], mean[V];
     for (int v = 0; v < V; ++v) {
         base[v] = load(lse + v * W);
         mean[v] = load(delta + v * W);
     }
-    for (int64_t i = 0; i < z.lanes; ++i) m.dq[i] = 0;
-    for (int64_t j0 = 0; j0 < z.M; j0 += kKeys) {
-        const int64_t keys = z.M - j0 < kKeys ? z.M - j0 : kKeys;
-        const int64_t rows = round_up(keys, kRows<S>), at = j0 * z.stride;
-        lane_product<Lies::by_row>(
-            rows, m.keys + at, z.stride, m.q, z.D,
-            [&](int64_t r, int v, vec<S> x) { store<S>(m.p + r * L + v * W, x); });
-        lane_product<Lies::by_row>(
-            rows, m.values + at, z.stride, m.dout, z.D,
-            [&](int64_t r, int v, vec<S> x) { store<S>(m.ds + r * L + v * W, x); });
-        if (z.M <= kKeys)
-            weigh_all(m.p, m.ds, keys, base);
-        else
-            for (int64_t j = 0; j < rows; j += kAtOnce)
-                weigh<kAtOnce>(m.p + j * L, m.ds + j * L, base, mean);
-        lane_product<Lies::by_column>(z.rows, m.keys + at, z.stride, m.ds, keys,
-                                      [&](int64_t r, int v, vec<S> x) {
-                                          S* entry = m.dq + r * L + v * W;
-                                          store<S>(entry, load(entry) + x);
-                                      });
-        add_product<Lies::by_row>(z, m.dkeys[slot] + at, rows, m.ds, L, m.q_rows, count);
-        add_product<Lies::by_row>(z, m.dvalues[slot] + at, rows, m.p, L, m.do_rows, count);
+    for (int64_t i = 0; i < z.lanes; ++i) head.dq[i] = 0;
+    products.begin(head);
+    for (int64_t j0 = 0; j0 < z.M; j0 += Products::kBlock) {
+        const int64_t left = z.M - j0, keys = left < Products::kBlock ? left : Products::kBlock;
+        products.scores(j0, keys);
+        if (z.M <= Products::kBlock) {
+            weigh_all<S>(products, keys, head.count, base);
+        } else {
+            int64_t j = 0;
+            for (; j + K <= keys; j += K) weigh<K, S>(products, j, base, mean);
+            for (; j < keys; ++j) weigh<1, S>(products, j, base, mean);
+        }
+        products.add(j0, keys);
     }
+    products.end();
 }
 
 // With t' = t * scale + shift and the rows of its gradient: writes the gradient of t, and adds to
@@ -190,13 +175,14 @@ template <class T> void finish_keys(const Backward<T>& p, const Space<number_t<T
                                     const number_t<T>* dvalues) {
     using S = number_t<T>;
     const Sizes<S>& z = p.z;
+    constexpr int64_t run = 64; // of keys whose sums are made in S
     const auto finish = [&](int side, T* to, const T* raw, const S* rows, int64_t j) {
         const int64_t from = (image * z.M + j) * z.D, left = j1 - j;
-        affine_backward(to + from, rows + j * z.stride, raw + from, left < kKeys ? left : kKeys,
-                        z.D, z.stride, p.scale + side * z.D, m.sums + p.at.scale + side * z.stride,
+        affine_backward(to + from, rows + j * z.stride, raw + from, left < run ? left : run, z.D,
+                        z.stride, p.scale + side * z.D, m.sums + p.at.scale + side * z.stride,
                         m.sums + p.at.shift + side * z.stride);
     };
-    for (int64_t j = j0; j < j1; j += kKeys) {
+    for (int64_t j = j0; j < j1; j += run) {
         finish(1, p.db, p.b, dkeys, j);
         if (p.c) finish(2, p.dc, p.c, dvalues, j);
         m.flush(p.at.scale, p.at.size);
@@ -227,7 +213,7 @@ void load_tile(const Backward<T>& p, const Space<number_t<T>>& m, const Tile& ti
 
 template <class T> void run_head(const Backward<T>& p, const Space<number_t<T>>& m,
                                  const Weights<number_t<T>>& w, const Tile& tile, int64_t h,
-                                 int slot) {
+                                 int slot, typename products_of<T>::backward& products) {
     using S = number_t<T>;
     const Sizes<S>& z = p.z;
     constexpr int64_t L = kLanes<S>;
@@ -257,7 +243,9 @@ template <class T> void run_head(const Backward<T>& p, const Space<number_t<T>>&
         // Lanes without a query get no weight.
         lse[i] = i < tile.count ? saved[i] * static_cast<S>(kLog2E) : static_cast<S>(INFINITY);
     }
-    attend_backward(z, m, slot, tile.count, lse, delta);
+    const Head<S> head{tile.count, m.q,  m.dout,        m.q_rows,
+                       m.do_rows,  m.dq, m.dkeys[slot], m.dvalues[slot]};
+    attend_backward(z, products, head, lse, delta);
     for (int64_t e = 0; e < z.rows; ++e) {
         S* row = m.dq + e * L;
         for (int64_t i = tile.count; i < L; ++i) row[i] = 0;
@@ -274,9 +262,11 @@ template <class T> void run_head(const Backward<T>& p, const Space<number_t<T>>&
 
 // A run of tiles. Images that end inside of it, or begin it and end it, are finished here.
 template <class T> void run(const Backward<T>& p, const Weights<number_t<T>>& w,
-                            const Space<number_t<T>>& m, Range range) {
+                            const Space<number_t<T>>& m,
+                            typename products_of<T>::backward& products, Range range) {
     using S = number_t<T>;
     const Sizes<S>& z = p.z;
+    [[maybe_unused]] const typename products_of<T>::unit unit{};
     int64_t image = -1;
     int slot = 0;
     for (int64_t t = range.begin; t < range.end; ++t) {
@@ -284,16 +274,14 @@ template <class T> void run(const Backward<T>& p, const Weights<number_t<T>>& w,
         if (tile.image != image) {
             image = tile.image;
             slot = t > image * z.tiles ? 0 : 1;
-            load_keys(z, m.keys, p.b + image * z.M * z.D, p.scale + z.D, p.shift + z.D);
-            if (p.c)
-                load_keys(z, m.values, p.c + image * z.M * z.D, p.scale + 2 * z.D,
-                          p.shift + 2 * z.D);
+            products.load_image(p.b + image * z.M * z.D, p.c ? p.c + image * z.M * z.D : nullptr,
+                                p.scale, p.shift);
             const size_t bytes = static_cast<size_t>(z.keys * z.stride) * sizeof(S);
             memset(m.dkeys[slot], 0, bytes);
             memset(m.dvalues[slot], 0, bytes);
         }
         load_tile(p, m, tile);
-        for (int64_t h = 0; h < z.heads; ++h) run_head(p, m, w, tile, h, slot);
+        for (int64_t h = 0; h < z.heads; ++h) run_head(p, m, w, tile, h, slot, products);
         const int64_t first = (image * z.N + tile.first) * z.D;
         affine_backward(p.da + first, m.da_rows, p.a + first, tile.count, z.D, z.stride, p.scale,
                         m.sums + p.at.scale, m.sums + p.at.shift);
@@ -351,13 +339,17 @@ template <class T> int backward(const Backward<T>& p, const Weights<number_t<T>>
     const Sizes<S>& z = p.z;
     const Gradients<S>& at = p.at;
     const bool separate = p.c != nullptr;
-    const int64_t each = round_up(Space<S>::size(z, separate ? 2 : 1, at.size), 64);
+    using Products = typename products_of<T>::backward;
+    const int64_t each =
+        size_of<Space<S>, S>(z, separate, at.size) + size_of<Products, S>(z, separate);
     Scratch<S> memory(each * threads);
     Scratch<Space<S>> spaces(threads);
     if (!memory.data || !spaces.data) return EQCVT_NO_MEMORY;
     parallel(threads, [&](int i, int n) {
-        spaces[i] = Space<S>(z, memory.data + i * each, separate, at.size);
-        run(p, w, spaces[i], Range(z.B * z.tiles, i, n));
+        Pieces<S> pieces(memory.data + i * each);
+        spaces[i] = Space<S>(pieces, z, separate, at.size);
+        Products products(pieces, z, separate);
+        run(p, w, spaces[i], products, Range(z.B * z.tiles, i, n));
     });
     if (threads > 1) parallel(threads, [&](int i, int n) { finish_shared(p, spaces.data, i, n); });
     const int64_t D = z.D, sides = separate ? 3 : 2;

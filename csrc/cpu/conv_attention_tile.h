@@ -9,17 +9,12 @@
 #include "exp.h"
 #include "parallel.h"
 #include "philox.h"
+#include "pieces.h"
 #include "product.h"
 #include "rows.h"
 
 namespace {
 
-constexpr int64_t kKeys = 64; // of a block: its scores for a tile stay in the first cache
-#if defined(__AVX512F__)      // keys of which exponentials are made at once, as registers allow
-constexpr int kAtOnce = 2;
-#else
-constexpr int kAtOnce = 1;
-#endif
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 inline float logarithm(float x) { return logf(x); }
@@ -29,12 +24,11 @@ template <class S> struct Sizes {
     int64_t B, N, M, D, heads;
     int64_t rows = round_up(D, kRows<S>);            // of a matrix with one row per channel
     int64_t stride = round_up(rows, width<S>);       // of a row of channels
-    int64_t keys = round_up(M, kRows<S>);            // with copies of the last key
+    int64_t keys = round_up(M, 16);                  // with copies of the last key
     int64_t tiles = (N + kLanes<S> - 1) / kLanes<S>; // of an image
     int64_t matrix = rows * stride;
-    int64_t lanes = rows * kLanes<S>;    // size of a tile with a row per channel
+    int64_t lanes = stride * kLanes<S>;  // size of a tile with a row per channel
     int64_t tokens = stride * kLanes<S>; // size of a tile with a row per token
-    int64_t block = kKeys * kLanes<S>;   // size of a block of scores
     int useful_threads(int threads) const {
         const int64_t most = B * tiles > 0 ? B * tiles : 1;
         return threads < 1 ? 1 : static_cast<int>(threads < most ? threads : most);
@@ -49,15 +43,23 @@ struct Tile {
           count(z.N - first < kLanes<S> ? z.N - first : kLanes<S>) {}
 };
 
-// Hands out pieces of one allocation, each aligned like the whole.
-template <class S> struct Pieces {
-    S* next;
-    S* take(int64_t count) {
-        S* piece = next;
-        next += round_up(count, 64 / static_cast<int64_t>(sizeof(S)));
-        return piece;
-    }
+// A head of a tile of `count` queries in the backward pass, and where gradients are summed.
+template <class S> struct Head {
+    int64_t count;
+    const S *q, *dout, *q_rows, *do_rows; // the queries in units of ln 2 only as lanes
+    S *dq, *dkeys, *dvalues;              // lanes, and rows of an image's keys
 };
+
+// to += A B, with rows of channels in B and `to`.
+template <Lies LIES, class S> inline void add_product(const Sizes<S>& z, S* to, int64_t rows,
+                                                      const S* a, int64_t a_stride, const S* b,
+                                                      int64_t depth) {
+    product<LIES>(rows, z.stride, a, a_stride, b, z.stride, depth,
+                  [&](int64_t r, int64_t i, vec<S> x) {
+                      S* entry = to + r * z.stride + i;
+                      store<S>(entry, load(entry) + x);
+                  });
+}
 
 // rows[i] = from[i] * scale + shift for `count` tokens, then rows of zeros up to `padded`.
 template <class T, class S> inline void load_affine(S* rows, const T* from, int64_t count,

@@ -43,10 +43,7 @@ template <> struct exponent<double> {
 
 // At least `low`; NaN stays NaN.
 template <class T> EQCVT_INLINE vec<T> at_least(vec<T> low, vec<T> x) {
-#if defined(__SSE2__) && defined(EQCVT_VECTOR_BYTES)
-    // Where GCC knows `low` it turns the comparison round, and no longer finds its one instruction.
-    asm("" : "+v"(low));
-#endif
+    hold(low); // GCC would turn the comparison round, and no longer find its one instruction
     return low > x ? low : x;
 }
 

@@ -175,17 +175,6 @@ template <class T> EQCVT_INLINE vec<T> masked(vec<T> v, ints<T> mask) {
     return as_floats<T>(as_ints<T>(v) & mask);
 }
 
-// Holds a vector in a register, where the compiler would rather load it again for each use.
-template <class V> EQCVT_INLINE void hold(V& v) {
-#if defined(__GNUC__) && defined(__AVX512F__)
-    asm("" : "+v"(v));
-#elif defined(__GNUC__) && defined(__SSE2__)
-    asm("" : "+x"(v));
-#else
-    (void)v;
-#endif
-}
-
 // acc[f][t] += d[f] * tap[t] at one vector of a row. The numbers of d after the last column are
 // zero; those of x are masked there, or an infinity of another column would come in as NaN.
 template <class T, int NF, int NT, bool LAST>

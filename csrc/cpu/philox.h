@@ -33,7 +33,7 @@ EQCVT_INLINE words multiply_low(words a, words b) {
 #elif defined(__AVX2__)
     return reinterpret_cast<words>(
         _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#elif defined(__SSE2__) && defined(EQCVT_VECTOR_BYTES) && !defined(__AVX__)
+#elif defined(__SSE2__) && EQCVT_VECTOR_BYTES == 16
     return reinterpret_cast<words>(
         _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else

@@ -11,6 +11,10 @@
 
 #include "../eqcvt.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #ifndef EQCVT_ISA
 #define EQCVT_ISA portable
 #endif
@@ -22,7 +26,7 @@
 #if defined(__GNUC__)
 #define EQCVT_INLINE inline __attribute__((always_inline))
 #define EQCVT_RESTRICT __restrict__
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(EQCVT_EMULATE_MATRIX_UNIT)
 #define EQCVT_VECTOR_BYTES 64
 #elif defined(__AVX__)
 #define EQCVT_VECTOR_BYTES 32
@@ -40,6 +44,11 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 struct bf16 {
     uint16_t bits;
+};
+
+// A number that the compiler knows, as an argument.
+template <int N> struct count_of {
+    static constexpr int value = N;
 };
 
 // The number behind a stored type, and the type of parameters and sums beside it.
@@ -92,6 +101,17 @@ template <class T> EQCVT_INLINE vec<T> load(const T* p) {
 
 template <class T> EQCVT_INLINE void store(T* p, vec<T> v) { memcpy(p, &v, sizeof v); }
 
+// Holds a vector in a register: the compiler forgets where it is from, and does not load it again.
+template <class V> EQCVT_INLINE void hold(V& v) {
+#if defined(__GNUC__) && defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__GNUC__) && defined(__SSE2__) && EQCVT_VECTOR_BYTES < 64
+    asm("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
 template <class T> EQCVT_INLINE ints<T> as_ints(vec<T> v) {
     ints<T> i;
     memcpy(&i, &v, sizeof i);
@@ -140,7 +160,10 @@ EQCVT_INLINE vec<float> load_numbers(const bf16* p) {
 #endif
 }
 EQCVT_INLINE void store_numbers(bf16* p, vec<float> v) {
-#if defined(EQCVT_VECTOR_BYTES)
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    memcpy(p, &h, sizeof h);
+#elif defined(EQCVT_VECTOR_BYTES)
     ints<float> i = as_ints<float>(v);
     ints<float> rounded = (i + 0x7fff + ((i >> 16) & 1)) >> 16;
     ints<float> nan = (i >> 16) | 0x40;

@@ -206,8 +206,8 @@ bool project() {
     void *dweight = norm ? it.s(D) : nullptr, *dbias = norm ? it.s(D) : nullptr;
     return it.run([&](int threads) {
         return EQCVT_KERNEL(conv_attention_project_backward)(
-            d, da, db, dc, dmean, dvariance, a, b, c, mean, x, q, k, v, weight, bias, B, D, H, W, kk,
-            s, eps, dx, dq, dk, dv, dweight, dbias, threads);
+            d, da, db, dc, dmean, dvariance, a, b, c, mean, x, q, k, v, weight, bias, B, D, H, W,
+            kk, s, eps, dx, dq, dk, dv, dweight, dbias, threads);
     });
 }
 

@@ -57,7 +57,7 @@ class Emulated:
     def launch(self, name: str, *args: Tensor | int | float | None, like: Tensor) -> None:
         """Call a launcher as ``eqcvt.native.launch`` does, with a NaN-filled workspace."""
         function = getattr(self._library, f"eqcvt_cuda_{name}")
-        values = [ctypes.c_int(DTYPES[like.dtype]), *map(_argument, args)]
+        values = [ctypes.c_int(DTYPES[like.dtype]), *map(argument, args)]
         size = ctypes.c_int64(-1)
         status = function(*values, None, ctypes.byref(size), None)
         assert status == 0, f"{name}: status {status}"
@@ -67,7 +67,7 @@ class Emulated:
         assert status == 0, f"{name}: status {status}"
 
 
-def _argument(value: Tensor | int | float | None) -> object:
+def argument(value: Tensor | int | float | None) -> object:
     if value is None:
         return ctypes.c_void_p(None)
     if isinstance(value, Tensor):
