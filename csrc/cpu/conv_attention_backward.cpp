@@ -85,8 +85,8 @@ EQCVT_INLINE void weigh(Products& products, int64_t j, const vec<S> (&base)[kVec
 // The same where these are all keys. Then the weights are made to sum to 1, and delta is the mean
 // of the very numbers it is taken from: beside the gradient of a softmax over few keys, the
 // roundings of o and lse are large.
-template <class S, class Products> void weigh_all(Products& products, int64_t keys, int64_t queries,
-                                                  const vec<S> (&base)[kVectors<S>]) {
+template <class S, class Products>
+void weigh_all(Products& products, int64_t keys, const vec<S> (&base)[kVectors<S>]) {
     constexpr int V = kVectors<S>, W = width<S>;
     constexpr int64_t L = kLanes<S>;
     vec<S> mean[V] = {}, total[V] = {};
@@ -98,13 +98,8 @@ template <class S, class Products> void weigh_all(Products& products, int64_t ke
             mean[v] += weight * load(products.ds + j * L + v * W);
             total[v] += weight;
         }
-    S sums[L];
-    for (int v = 0; v < V; ++v) store<S>(sums + v * W, total[v]);
-    for (int64_t i = queries; i < L; ++i) sums[i] = 1; // no query, no weight
-    for (int v = 0; v < V; ++v) {
-        total[v] = load(sums + v * W);
+    for (int v = 0; v < V; ++v)
         mean[v] = keys == 1 ? load(products.ds + v * W) : mean[v] / total[v];
-    }
     const auto put = [&](auto count, int64_t j) {
         constexpr int K = decltype(count)::value;
         vec<S> x[K * V], g[K * V];
@@ -136,7 +131,7 @@ template <class S, class Products> void attend_backward(const Sizes<S>& z, Produ
         const int64_t left = z.M - j0, keys = left < Products::kBlock ? left : Products::kBlock;
         products.scores(j0, keys);
         if (z.M <= Products::kBlock) {
-            weigh_all<S>(products, keys, head.count, base);
+            weigh_all<S>(products, keys, base);
         } else {
             int64_t j = 0;
             for (; j + K <= keys; j += K) weigh<K, S>(products, j, base, mean);

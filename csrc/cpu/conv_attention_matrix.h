@@ -194,6 +194,9 @@ struct MatrixBackward : MatrixProducts {
     void end() {
         if (left == 0) return;
         add_turned(head.dq, gradients);
+        if (head.count < L) // lanes without a query may hold NaN
+            for (int64_t j = 0; j < 2 * left; ++j)
+                for (int64_t i = head.count; i < L; ++i) weights[j * kQueries + i].bits = 0;
         float *dkeys = head.dkeys + block * z.stride, *dvalues = head.dvalues + block * z.stride;
         const bf16* queries = sources + kQueries * z.stride;
         if (values == keys) {

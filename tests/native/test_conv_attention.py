@@ -238,9 +238,24 @@ def test_no_weight_at_all_is_nan(dtype: torch.dtype) -> None:
     assert found[0].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [40, 100])
+def test_a_key_that_nobody_looks_at_has_no_gradient(count: int, dtype: torch.dtype) -> None:
+    keys = torch.linspace(-2, 2, count)
+    keys[3] = -float("inf")
+    it = plain_inputs(torch.tensor([1.0, 2.0]), keys, dtype)
+    y, o, lse = conv_attention.attend(*it, dropout=0.0, save=True)
+    a, b, c, _, *parameters = it
+    dy = torch.ones_like(y)
+    dc = conv_attention.attend_backward(dy, a, b, c, *parameters, o, lse, dropout=0.0)[2]
+    assert not dc[0, 3].any()
+    assert dc[0, 4:].all()
+
+
 @pytest.mark.usefixtures("_threads")
-def test_nan_stays_in_its_token_or_its_image() -> None:
-    it = attention_inputs(Attention(3, 101, 71, 32, 2))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_token_or_its_image(dtype: torch.dtype) -> None:
+    it = attention_inputs(Attention(3, 101, 71, 32, 2), dtype)
     it[0][1, 60, 5] = float("nan")
     it[1][2, 70, 31] = float("nan")
     y, o, lse = conv_attention.attend(*it, dropout=0.0, save=True)
