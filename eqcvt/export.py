@@ -19,7 +19,7 @@ from torch import Tensor
 from eqcvt import use_backend
 from eqcvt._check import choice
 from eqcvt._files import replacing
-from eqcvt.models import VisionModel
+from eqcvt.models import VisionModel, unwrapped
 
 FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
 CHECKED_BATCHES = (1, 2, 5)
@@ -65,6 +65,7 @@ def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> 
         The path, the format and the difference found on these images.
 
     Raises:
+        TypeError: what is no ``EqCvT`` or ``CvT``, such as one in a ``DataParallel``.
         ValueError: another ending.
         ImportError: ``.onnx`` without the extra ``export``.
         RuntimeError: the file's outputs differ by more than ``tolerance``, or they or the model's
@@ -72,6 +73,7 @@ def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> 
     """
     path = Path(path)
     kind = FORMATS[choice("the export's ending", path.suffix, FORMATS)]
+    model = unwrapped(model)
     channels, side = model.config["in_channels"], model.config["image_size"]
     frozen = copy.deepcopy(model).to("cpu", torch.float32).eval()
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 """The models, their registry and their files."""
 
-from eqcvt.models._base import VisionModel, evaluating
+from eqcvt.models._base import VisionModel, evaluating, unwrapped
 from eqcvt.models.cvt import CvT
 from eqcvt.models.eqcvt import EqCvT
 from eqcvt.models.registry import (
@@ -23,4 +23,5 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "pretrained_folder",
+    "unwrapped",
 ]

@@ -412,6 +412,21 @@ class VisionModel(nn.Module, PyTorchModelHubMixin):
         return model.eval()
 
 
+def unwrapped(model: nn.Module) -> VisionModel:
+    """Return a model, or the one that ``torch.compile`` has wrapped.
+
+    Raises:
+        TypeError: what is no ``EqCvT`` or ``CvT``, such as one in a ``DataParallel``.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, VisionModel):
+        raise TypeError(
+            f"the model must be an EqCvT or CvT, got {type(model).__name__}: eqcvt.load_model "
+            "loads one, and a DataParallel holds it as .module"
+        )
+    return inner
+
+
 def class_names(folder: Path) -> tuple[str, ...]:
     """Return the names of a model's classes, from its folder or its run's; none if not there.
 

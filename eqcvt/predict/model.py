@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eqcvt._check import amp_dtype, integer
 from eqcvt.data import to_unit
-from eqcvt.models import VisionModel, evaluating
+from eqcvt.models import VisionModel, evaluating, unwrapped
 from eqcvt.predict.ahead import ahead
 from eqcvt.predict.images import Images
 from eqcvt.predict.read import SKIPPED, Chunk
@@ -44,11 +44,7 @@ def class_names(model: VisionModel, classes: Sequence[str] = ()) -> list[str]:
             model without any classes.
         TypeError: what is no ``EqCvT`` or ``CvT``, such as one in a ``DataParallel``.
     """
-    if not isinstance(getattr(model, "_orig_mod", model), VisionModel):  # torch.compile's is one
-        raise TypeError(
-            f"the model must be an EqCvT or CvT, got {type(model).__name__}: eqcvt.load_model "
-            "loads one, and a DataParallel holds it as .module"
-        )
+    model = unwrapped(model)
     number = model.num_classes
     if not number:
         raise ValueError("the model has no classes (num_classes=0): reset_classifier gives it some")
