@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import statistics
@@ -26,8 +25,9 @@ GPU = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3.csv"
 PARTS = ROOT / "bench" / "results" / "nvidia-h200.csv"
 CASE = ("EqCvT", "4x1x129x129")
 BENCHES = {
-    "Intel": "intel-r-xeon-r-processor-family-6-model-207.csv",
-    "AMD": "amd-epyc-family-25-model-17.csv",
+    "Intel": ("intel-r-xeon-r-processor-family-6-model-167.csv", "float32"),
+    "Intel, bfloat16": ("intel-r-xeon-r-processor-family-6-model-167.csv", "bfloat16"),
+    "AMD": ("amd-epyc-family-25-model-17.csv", "float32"),
 }
 
 
@@ -165,15 +165,18 @@ def test_what_few_images_teach_is_the_recorded_table() -> None:
 
 @pytest.mark.parametrize("device", BENCHES)
 def test_times_and_memory_are_the_recorded_ones(device: str) -> None:
-    with (ROOT / "bench" / "results" / BENCHES[device]).open() as file:
-        rows = [r for r in csv.DictReader(file) if (r["op"], r["shape"]) == CASE]
-    recorded = {(row["case"], row["implementation"]): row for row in rows}
+    name, dtype = BENCHES[device]
+    of = rows.read(ROOT / "bench" / "results" / name)
+    mine = [r for r in of if (r["op"], r["shape"], r["dtype"]) == (*CASE, dtype)]
+    recorded = {(row["case"], row["implementation"]): row for row in mine}
     for case, start, column, per, form in (
         ("training", "forward + backward", "median_ms", 4, ".0f"),
         ("inference", "forward, eval", "median_ms", 4, ".0f"),
         ("training", "memory of a training step", "peak_mib", 1, ".0f"),
         ("first training", "time to the first training step", "median_ms", 1e3, ".1f"),
     ):
+        if case == "first training" and dtype == "bfloat16":
+            continue  # the time of a first step is that of the compiler
         lines = README.splitlines()
         row = next(line for line in lines if line.startswith(f"| {device}: {start}"))
         cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
