@@ -24,7 +24,7 @@ template <class S> struct Sizes {
     int64_t B, N, M, D, heads;
     int64_t rows = round_up(D, kRows<S>);            // of a matrix with one row per channel
     int64_t stride = round_up(rows, width<S>);       // of a row of channels
-    int64_t keys = round_up(M, 16);                  // with copies of the last key
+    int64_t keys = round_up(M, 16);                  // in blocks of rows of any kernel
     int64_t tiles = (N + kLanes<S> - 1) / kLanes<S>; // of an image
     int64_t matrix = rows * stride;
     int64_t lanes = stride * kLanes<S>;  // size of a tile with a row per channel

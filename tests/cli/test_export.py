@@ -46,7 +46,7 @@ def test_torch_export(name: str, tmp_path: Path) -> None:
 def test_a_compiled_model_is_exported_and_a_wrapped_one_refused(tmp_path: Path) -> None:
     model = eqcvt.create_model("eqcvt_c4", in_channels=1, image_size=33)
     assert export(torch.compile(model), tmp_path / "compiled.pt2").path.is_file()
-    with pytest.raises(TypeError, match="got DataParallel: .* holds it as .module"):
+    with pytest.raises(TypeError, match=r"got DataParallel: .* holds it as \.module"):
         export(nn.DataParallel(model), tmp_path / "wrapped.pt2")
     assert not (tmp_path / "wrapped.pt2").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import site
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from eqcvt import native
+from tests.native.test_launchers import load_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = native.build_info()
@@ -267,6 +269,12 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert status != 0
     usable = ", ".join(INFO["instruction_sets_here"])
     assert f"ImportError: EQCVT_ISA must be one of {usable} on this machine, got 'sse9'" in text
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86")
+def test_a_compiler_that_does_not_know_amx_leaves_it_out() -> None:
+    assert list(load_setup().instruction_sets(["false"])) == ["portable", "avx2", "avx512"]
+    assert list(load_setup().instruction_sets(["true"])) == ["portable", "avx2", "avx512", "amx"]
 
 
 @BUILT

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 
-def _setup() -> ModuleType:
+def load_setup() -> ModuleType:
     """Return setup.py as a module, for the options of each instruction set."""
     spec = importlib.util.spec_from_file_location("eqcvt_setup", HERE.parents[1] / "setup.py")
     assert spec is not None
@@ -69,7 +69,7 @@ def call(command: list[str]) -> str:
 # with plain C++ in its place, since sanitizers do not see what tiles are loaded from.
 @pytest.mark.parametrize("isa", sorted({SETS[0], [s for s in SETS if s != "amx"][-1], "amx"}))
 def test_random_shapes_stay_inside_their_memory(tmp_path: Path, isa: str) -> None:
-    options = ["-DEQCVT_EMULATE_MATRIX_UNIT"] if isa == "amx" else _setup().X86[isa]
+    options = ["-DEQCVT_EMULATE_MATRIX_UNIT"] if isa == "amx" else load_setup().X86[isa]
     program = compiled(
         tmp_path,
         [HERE / "test_launchers.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))],
