@@ -2,9 +2,9 @@
 // wo_h).
 //
 // A tile of queries meets the keys in blocks. Per block: scores, their running maximum,
-// exponentials in place, and the values they weigh. Two multiply-adds per score and channel, in two
-// products whose sums stay in registers; 12 + 8 kB of scores and keys in the first cache. Nothing
-// of the size of queries times keys, and no query, goes to memory.
+// exponentials, and the values they weigh. Two multiply-adds per score and channel, in two
+// products; a block's scores and keys stay in the first cache. Nothing of the size of queries times
+// keys, and no query, goes to memory.
 #include "../conv_attention.h"
 
 #include "conv_attention_products.h"

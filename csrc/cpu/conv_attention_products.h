@@ -13,7 +13,7 @@ namespace {
 template <class T> struct VectorProducts {
     using S = number_t<T>;
     static constexpr int V = kVectors<S>, W = width<S>;
-    static constexpr int kAtOnce = W == 16 ? 2 : 1;      // keys whose exponentials fit in registers
+    static constexpr int kAtOnce = sizeof(vec<S>) == 64 ? 2 : 1; // exponentials in registers
     static constexpr int64_t L = kLanes<S>, kBlock = 64; // keys whose scores fit in the first cache
     const Sizes<S>& z;
     S *keys, *values;
