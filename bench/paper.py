@@ -32,7 +32,7 @@ from rich.table import Table
 
 from bench.origin import commit, device_name
 from eqcvt import demo, load_model, plots, report
-from eqcvt._check import choice
+from eqcvt._check import AMP, choice
 from eqcvt._files import read_json, replacing_folder, write_json
 from eqcvt.data import load, simulate
 from eqcvt.models import VisionModel
@@ -70,7 +70,8 @@ class Paper:
         test_images: simulated with another seed, for the final numbers.
         size: pixels a side.
         epochs, batch_size: the same for every run; the poster's recipe has 40 epochs.
-        device: ``auto`` | ``cpu`` | ``cuda``; on a GPU training is in bfloat16 and graphed.
+        device: ``auto`` | ``cpu`` | ``cuda``; on a GPU our recipe's steps are graphed.
+        amp: ``off`` | ``bf16`` | ``fp16`` | ``auto``, bfloat16 on a GPU: our recipe's precision.
         init: trained weights that every run starts from, by default none; of one model only.
     """
 
@@ -85,6 +86,7 @@ class Paper:
     epochs: int = 40
     batch_size: int = 64
     device: str = "auto"
+    amp: str = "auto"
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ class Paper:
             ("set", self.sets, SETS),
             ("model", self.models, tuple(MODELS)),
             ("recipe", self.recipes, tuple(RECIPES)),
+            ("amp", (self.amp,), ("auto", *AMP)),
         ):
             for name in given:
                 choice(what, name, allowed)
@@ -121,7 +124,8 @@ class Paper:
         """Return a run's settings."""
         gpu = resolve_device(self.device).type == "cuda"
         _, name, lr = MODELS[model]
-        ours = {"lr": lr, "ema": 0.99, **({"amp": "bf16", "cuda_graph": True} if gpu else {})}
+        amp = ("bf16" if gpu else "off") if self.amp == "auto" else self.amp
+        ours = {"lr": lr, "ema": 0.99, "amp": amp, "cuda_graph": gpu}
         return TrainConfig.from_dict(
             {
                 "data": str(self.out / of / "train.npz"),
@@ -186,9 +190,10 @@ def _others(paper: Paper) -> tuple[list[dict[str, Any]], list[Path]]:
     named = {(of, *run) for of in paper.sets for run in paper.runs()}
     rows = [r for r in before["rows"] if tuple(r[name] for name in RUN) not in named]
     for name, now in paper.settings().items() if rows else ():
-        if name not in SELECTION and before["settings"][name] != now:
+        then = before["settings"].get(name, getattr(Paper, name))  # an older table lacks the newest
+        if name not in SELECTION and then != now:
             raise ValueError(
-                f"{path} has rows made with {name}={before['settings'][name]!r}, got {now!r}: one "
+                f"{path} has rows made with {name}={then!r}, got {now!r}: one "
                 "table has one setting, so give another --out"
             )
     for row in rows:
@@ -382,6 +387,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = Paper.epochs,
     batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = Paper.batch_size,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:i")] = Paper.device,
+    amp: Annotated[str, typer.Option(help=f"auto | {' | '.join(AMP)}")] = Paper.amp,
     init: Annotated[str | None, typer.Option(help="Go on from a trained model.")] = Paper.init,
     put: Annotated[bool, typer.Option("--ship", help="Put the best into eqcvt/weights.")] = False,
 ) -> None:
@@ -397,6 +403,7 @@ def main(
         epochs=epochs,
         batch_size=batch_size,
         device=device,
+        amp=amp,
         init=init,
     )
     screen = Console(width=None if Console().is_terminal else 160)

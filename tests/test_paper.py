@@ -74,6 +74,15 @@ def test_other_settings_do_not_mix_with_an_older_table(tmp_path: Path) -> None:
         paper.run(small(tmp_path, models=("cvt",), seeds=1, epochs=2), lambda _: None)
 
 
+def test_the_precision_is_that_of_our_recipe_alone(tmp_path: Path) -> None:
+    run = small(tmp_path, amp="bf16")
+    assert run.config("control", "cvt", "ours", 0).amp == "bf16"
+    assert run.config("control", "cvt", "poster", 0).amp == "off"
+    assert small(tmp_path).config("control", "cvt", "ours", 0).amp == "off"
+    with pytest.raises(ValueError, match="did you mean 'bf16'"):
+        small(tmp_path, amp="bf-16")
+
+
 def test_rows_of_other_models_stay_in_the_table(tmp_path: Path) -> None:
     first = paper.run(small(tmp_path, models=("cvt",), seeds=1), lambda _: None)
     both = paper.run(small(tmp_path, models=("eqcvt",), seeds=1), lambda _: None)
