@@ -32,7 +32,9 @@ X86 = {
     "avx512": AVX512,
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],  # GCC 11, clang 12 and newer
 }
-ONCE = ("csrc/bindings.cpp", "csrc/cpu/parallel.cpp")
+BINDINGS, PARALLEL = "csrc/bindings.cpp", "csrc/cpu/parallel.cpp"
+# It takes longest to compile and gains nothing from what "amx" has beyond "avx512".
+NOT_AMX = "csrc/cpu/lift.cpp"
 # NaN and infinity have a meaning in every kernel, so -ffast-math is out of the question.
 OPTIONS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -pthread -Wall -Wextra -Wno-psabi"
@@ -167,10 +169,10 @@ class Ninja:
             "rule link\n  command = $command\n  description = link $out",
         ]
 
-    def compile(self, source: str, command: list[str], kind: str = "") -> str:
+    def compile(self, source: str, command: list[str], kind: str = "", depend: str = "-MD") -> str:
         """Add a compilation and return its object."""
         target = f"{self.folder}/{source.removeprefix('csrc/')}{kind and '.' + kind}.o"
-        words = [*command, "-MD", "-MF", f"{target}.d", "-c", source, "-o", target]
+        words = [*command, depend, "-MF", f"{target}.d", "-c", source, "-o", target]
         self._add("compile", target, [source], words)
         return target
 
@@ -205,14 +207,12 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link."""
-        import pybind11
-
         if os.name == "nt":
             refuse(f"the native extension is for Linux and macOS; {WITHOUT}")
-        include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-        if not Path(include[1], "Python.h").exists():
+        include = sysconfig.get_paths()["include"]
+        if not Path(include, "Python.h").exists():
             refuse(
-                f"{include[1]} has no Python.h: install Python's headers (Debian, Ubuntu: "
+                f"{include} has no Python.h: install Python's headers (Debian, Ubuntu: "
                 f"apt install python3-dev); {WITHOUT}"
             )
         folder = f"build/native-{sysconfig.get_config_var('SOABI')}"
@@ -223,8 +223,10 @@ class BuildNative(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(built, target)
 
-    def build_in(self, folder: str, include: list[str]) -> Path:
+    def build_in(self, folder: str, include: str) -> Path:
         """Build the extension in ``folder`` and return its path."""
+        import pybind11
+
         compiler = find_compiler()
         nvcc = find_nvcc()
         ninja = Ninja(folder)
@@ -238,7 +240,7 @@ class BuildNative(build_ext):
             ninja.compile(source, [*base, *flags, f"-DEQCVT_ISA={isa}"], isa)
             for isa, flags in sets.items()
             for source in sources("cpu/*.cpp")
-            if source not in ONCE
+            if source != PARALLEL and (isa, source) != ("amx", NOT_AMX)
         ]
         if nvcc:
             archs, options = cuda_archs(nvcc)
@@ -254,11 +256,13 @@ class BuildNative(build_ext):
             link += shlex.split(libraries[1]) if libraries else []
             link += ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
         defines += [f"-DEQCVT_VERSION={self.distribution.get_version()}"]
-        defines += [f"-I{path}" for path in include]
-        objects += [
-            ninja.compile(source, [*base, *(defines if source == ONCE[0] else [])])
-            for source in ONCE
-        ]
+        # pip has pybind11 in a new folder at each build. Were that named in the command, or in what
+        # the file depends on (-MMD leaves these out), every install would compile it again.
+        defines += [f"-I{include}", f"-DEQCVT_PYBIND11={pybind11.__version__}"]
+        paths = [pybind11.get_include(), os.environ.get("CPLUS_INCLUDE_PATH")]
+        os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(filter(None, paths))
+        objects.append(ninja.compile(BINDINGS, [*base, *defines], depend="-MMD"))
+        objects.append(ninja.compile(PARALLEL, base))
         target = f"{folder}/_native.so"
         flags = shlex.split(os.environ.get("LDFLAGS", ""))
         ninja.link(target, objects, [*compiler, "-o", target, *objects, *link, *flags])

@@ -123,20 +123,22 @@ template <class... A> void add_cuda(py::module_& m, const std::string& name, int
     add_cuda(m, name, f, std::make_index_sequence<sizeof...(A) - 3>());
 }
 
+// The variants of a launcher by instruction set; not all are compiled for the widest.
 #if EQCVT_X86
-#define EQCVT_WIDE(name) , eqcvt_cpu_##name##_avx2, eqcvt_cpu_##name##_avx512
+#define EQCVT_WIDE(name, widest)                                                                   \
+    , eqcvt_cpu_##name##_avx2, eqcvt_cpu_##name##_avx512, eqcvt_cpu_##name##_##widest
 #else
-#define EQCVT_WIDE(name)
+#define EQCVT_WIDE(name, widest)
 #endif
 #if EQCVT_AMX
-#define EQCVT_WIDEST(name) , eqcvt_cpu_##name##_amx
+#define EQCVT_WIDEST amx
 #else
-#define EQCVT_WIDEST(name)
+#define EQCVT_WIDEST avx512
 #endif
-#define EQCVT_ADD_CPU(name)                                                                        \
+#define EQCVT_ADD_CPU(name, widest)                                                                \
     {                                                                                              \
         decltype(&eqcvt_cpu_##name##_portable) variants[] = {                                      \
-            eqcvt_cpu_##name##_portable EQCVT_WIDE(name) EQCVT_WIDEST(name)};                      \
+            eqcvt_cpu_##name##_portable EQCVT_WIDE(name, widest)};                                 \
         add_cpu(m, #name, variants[isa]);                                                          \
     }
 #if defined(EQCVT_CUDA)
@@ -144,7 +146,7 @@ template <class... A> void add_cuda(py::module_& m, const std::string& name, int
 #else
 #define EQCVT_ADD_CUDA(name)
 #endif
-#define LAUNCHER(name) EQCVT_ADD_CPU(name) EQCVT_ADD_CUDA(name)
+#define LAUNCHER(name, widest) EQCVT_ADD_CPU(name, widest) EQCVT_ADD_CUDA(name)
 
 } // namespace
 
@@ -155,18 +157,18 @@ EQCVT_API int eqcvt_cuda_set_device(int device);
 
 PYBIND11_MODULE(_native, m) {
     const int isa = choose_isa();
-    LAUNCHER(lift_moments)
-    LAUNCHER(lift_moments_input)
-    LAUNCHER(lift_apply)
-    LAUNCHER(lift_apply_backward)
-    LAUNCHER(conv_attention_project)
-    LAUNCHER(conv_attention_project_backward)
-    LAUNCHER(conv_attention_attend)
-    LAUNCHER(conv_attention_attend_backward)
-    LAUNCHER(mlp_block_forward)
-    LAUNCHER(mlp_block_backward)
-    LAUNCHER(token_embed_forward)
-    LAUNCHER(token_embed_backward)
+    LAUNCHER(lift_moments, avx512)
+    LAUNCHER(lift_moments_input, avx512)
+    LAUNCHER(lift_apply, avx512)
+    LAUNCHER(lift_apply_backward, avx512)
+    LAUNCHER(conv_attention_project, EQCVT_WIDEST)
+    LAUNCHER(conv_attention_project_backward, EQCVT_WIDEST)
+    LAUNCHER(conv_attention_attend, EQCVT_WIDEST)
+    LAUNCHER(conv_attention_attend_backward, EQCVT_WIDEST)
+    LAUNCHER(mlp_block_forward, EQCVT_WIDEST)
+    LAUNCHER(mlp_block_backward, EQCVT_WIDEST)
+    LAUNCHER(token_embed_forward, EQCVT_WIDEST)
+    LAUNCHER(token_embed_backward, EQCVT_WIDEST)
 
     py::dict build;
     py::list built, usable;

@@ -13,11 +13,13 @@ import importlib.util
 import random
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 from eqcvt.convert import _escnn
 
@@ -100,6 +102,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for name in names:
         if why := missing(name):
             pytest.skip(f"needs {name}: {why}")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write pictures without drawing them, which takes a second each: for tests of other things."""
+
+    def savefig(figure: Figure, path: Path, **options: object) -> None:
+        path.write_bytes(b"undrawn")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,7 @@ def test_the_table_is_made_kept_and_shipped(
     assert (folders[0] / seen).read_bytes() == (run / seen).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_settings_do_not_mix_with_an_older_table(tmp_path: Path) -> None:
     run = small(tmp_path, models=("cvt",), seeds=1)
     paper.run(run, lambda _: None)
@@ -83,6 +84,7 @@ def test_the_precision_is_that_of_our_recipe_alone(tmp_path: Path) -> None:
         small(tmp_path, amp="bf-16")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rows_of_other_models_stay_in_the_table(tmp_path: Path) -> None:
     first = paper.run(small(tmp_path, models=("cvt",), seeds=1), lambda _: None)
     both = paper.run(small(tmp_path, models=("eqcvt",), seeds=1), lambda _: None)
@@ -95,6 +97,7 @@ def test_rows_of_other_models_stay_in_the_table(tmp_path: Path) -> None:
         paper.run(small(tmp_path, models=("exact",), seeds=1, epochs=2), lambda _: None)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_table_can_go_on_from_trained_weights(tmp_path: Path) -> None:
     first = small(tmp_path / "first", models=("cvt",), seeds=1)
     paper.run(first, lambda _: None)

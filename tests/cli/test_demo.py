@@ -14,7 +14,9 @@ from tests.cli.conftest import invoke
 SMALL = ("--size", 33, "--images", 40, "--test-images", 16, "--epochs", 1, "--device", "cpu")
 
 
-def test_demo_makes_everything_and_a_second_one_reuses_it(tmp_path: Path) -> None:
+def test_demo_makes_everything_and_a_second_one_reuses_it(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     out = tmp_path / "demo"
     text = invoke("demo", "--out", out, *SMALL).output
     assert "chance 50" in text
@@ -32,6 +34,7 @@ def test_demo_makes_everything_and_a_second_one_reuses_it(tmp_path: Path) -> Non
     text = invoke("demo", "--out", out, *SMALL).output
     assert {p: p.stat().st_mtime_ns for p in made} == made
     assert "all of it was finished before" in text
+    request.getfixturevalue("undrawn")
     (out / "pictures" / "roc.png").unlink()
     text = invoke("demo", "--out", out, *SMALL).output
     assert "evaluating EqCvT" not in text

@@ -117,7 +117,7 @@ def test_two_workers_make_what_one_makes(tmp_path):
     same(load(quick(130, tmp_path / "two.npz", workers=2)), one)
 
 
-def start_slow_run(tmp_path, size=65, start_method="spawn"):
+def start_slow_run(tmp_path, size, start_method="spawn"):
     """Start a run with two workers; return the process when the first chunks are done."""
     out, parts = tmp_path / "set.npz", tmp_path / ".set.npz.parts"
     script = tmp_path / "run.py"
@@ -147,7 +147,7 @@ def start_slow_run(tmp_path, size=65, start_method="spawn"):
 
 def test_interrupted_run_resumes(tmp_path):
     out, parts = tmp_path / "set.npz", tmp_path / ".set.npz.parts"
-    process = start_slow_run(tmp_path)
+    process = start_slow_run(tmp_path, 33)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -163,9 +163,9 @@ def test_interrupted_run_resumes(tmp_path):
         chunk = range(64 * number, 64 * number + 64)
         calls.append(_complete(parts / f"{64 * number:012d}.npz", chunk))
     assert sum(calls) == len(kept)
-    resumed = load(quick(1280, out, size=65))
+    resumed = load(quick(1280, out))
     assert not parts.exists()
-    config = resolve("deeplense", size=65)
+    config = resolve("deeplense", size=33)
     picked = [0, 63, 64, 65, 640, 641, 1278, 1279]
     same(resumed.subset(picked), generate(config, picked))
     assert np.array_equal(resumed.index, np.arange(1280))
