@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import threading
@@ -39,8 +40,9 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning as one line, without the place in the code."""
-    note(f"warning: {' '.join(str(message).split())}")
+    """Print a warning as one line, without the place in the code; of many processes one does."""
+    if os.environ.get("RANK", "0") == "0":
+        note(f"warning: {' '.join(str(message).split())}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 from eqcvt._check import choice, integer
 from eqcvt._check import fraction as check_fraction
 from eqcvt._files import replacing
-from eqcvt.data.pixels import check_shape, pixels
+from eqcvt.data.pixels import check_shape, pixels, unmasked
 
 _PARAMETER = "parameter_"
 _COLUMNS = ("images", "labels", "classes", "config", "seed", "index")
@@ -60,7 +60,7 @@ class LensingImages:
         return f"LensingImages({shape} {self.images.dtype}, classes: {classes})"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", pixels(np.asarray(self.images)))
+        object.__setattr__(self, "images", pixels(unmasked(self.images)))
         check_shape(self.images.shape)
         object.__setattr__(self, "labels", _labels(np.asarray(self.labels), self.classes)[0])
         if len(set(self.classes)) < len(self.classes):
@@ -444,13 +444,16 @@ def to_unit(images: Tensor | npt.NDArray[Any]) -> Tensor:
 
     Returns:
         float32 [B, C, H, W].
+
+    Raises:
+        TypeError, ValueError: other types or shapes, or an array that masks some of its pixels.
     """
     if isinstance(images, np.ndarray):
         if images.dtype.kind not in "buif":
             raise TypeError(f"images must be numbers, got {images.dtype}")
         floating = np.float32 if np.can_cast(images.dtype, np.float32) else np.float64
         kept = np.uint8 if images.dtype == np.uint8 else floating
-        images = torch.from_numpy(np.require(images, kept, ["C", "W"]))
+        images = torch.from_numpy(np.require(unmasked(images), kept, ["C", "W"]))
     if images.ndim not in (3, 4):
         raise ValueError(
             f"images must have the shape [B, H, W] or [B, C, H, W], got {list(images.shape)}"

@@ -8,6 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 
+def unmasked(images: npt.ArrayLike, what: str = "images") -> npt.NDArray[Any]:
+    """Return an array, or refuse one that hides numbers: no model would know which."""
+    if np.ma.is_masked(images):
+        hidden = np.ma.count_masked(images)
+        raise ValueError(
+            f"{what} must be plain arrays, got one that masks {hidden} of its {np.size(images)} "
+            "numbers: give these a value, as in images.filled(0)"
+        )
+    return np.asarray(images)
+
+
 def check_shape(shape: tuple[int, ...]) -> None:
     """Refuse the shape of an array that is not images one after the other, channels first."""
     if len(shape) not in (3, 4):

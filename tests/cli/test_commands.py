@@ -211,6 +211,8 @@ def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("eqcvt.doctor.report", report)
     assert invoke("doctor", "--json").stderr == "warning: it is late, go home\n"
+    monkeypatch.setenv("RANK", "1")  # torchrun's first process has said it
+    assert invoke("doctor", "--json").stderr == ""
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:

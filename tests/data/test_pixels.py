@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from eqcvt.data import load, read_image, to_unit
+from eqcvt.data import LensingImages, load, read_image, to_unit
 from eqcvt.data.pixels import pixels
 from eqcvt.predict import Images
 
@@ -49,6 +49,15 @@ def test_training_and_prediction_see_them_alike(tmp_path: Path, name: str) -> No
     assert torch.equal(torch.cat(chunks), together)
     if images.dtype == np.float64:
         torch.testing.assert_close(seen(images), expected, atol=1e-3, rtol=0)
+
+
+def test_pixels_behind_a_mask_are_refused() -> None:
+    images = np.ma.masked_greater(PLAIN, 150)
+    said = r"got one that masks \d+ of its 243 numbers.*images.filled\(0\)"
+    for take in (to_unit, lambda array: LensingImages(array, [0, 1, 0], ("a", "b"))):
+        with pytest.raises(ValueError, match=said):
+            take(images)
+        take(np.ma.masked_greater(PLAIN, 500))  # hides nothing
 
 
 def test_arrays_are_seen_as_tensors_are() -> None:
