@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,50 +11,16 @@ from torch._subclasses import FakeTensorMode
 
 from eqcvt.native import lift
 from tests.native.cuda_emulator import DTYPES, Emulated, fixture, new
+from tests.native.lift_case import Case
 from tests.ops import primitives
 from tests.tolerance import assert_as_good, double
 
 native = fixture("lift*.cu")
 
 
-class Case(NamedTuple):
-    """Sizes and options of a call."""
-
-    batch: int = 2
-    channels: int = 3
-    height: int = 17
-    width: int = 13
-    fields: int = 3
-    group: int = 4
-    kernel: int = 5
-    stride: int = 1
-    padding: int = 1
-    masked: bool = True
-    blur: int = 5
-    blur_stride: int = 1
-    pool: bool = True
-
-    @property
-    def conv(self) -> dict[str, Any]:
-        return {"stride": self.stride, "padding": self.padding}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {**self.conv, "blur_stride": self.blur_stride, "pool": self.pool}
-
-    @property
-    def sizes(self) -> list[int]:
-        image = [self.batch, self.channels, self.height, self.width]
-        return [*image, self.fields, self.group, self.kernel]
-
-    @property
-    def blurred_sizes(self) -> list[int | bool]:
-        blurred = [max(self.blur, 1), self.stride, self.padding, self.blur_stride]
-        return [*self.sizes, *blurred, self.pool]
-
-
+SMALL = Case(2, 3, 17, 13)
 CASES = {
-    "as published": Case(channels=3, fields=5, kernel=7),
+    "as published": SMALL._replace(fields=5, kernel=7),
     "smallest": Case(1, 1, 9, 9, 1, 1, 3, padding=0, masked=False, blur=0),
     "strided": Case(1, 2, 19, 23, 13, 4, 5, 2, 2, True, 3, 2, False),
     "many tiles": Case(1, 1, 41, 37, 5, 8, 3),
@@ -192,7 +157,7 @@ def test_apply_backward(
 
 
 def test_statistics_hold_far_from_zero(native: Emulated) -> None:
-    case = Case(height=33, width=30, masked=False)
+    case = SMALL._replace(height=33, width=30, masked=False)
     x, bank, mask = _inputs(case, torch.float32)[:3]
     assert x is not None
     assert bank is not None
@@ -205,7 +170,7 @@ def test_statistics_hold_far_from_zero(native: Emulated) -> None:
 
 @dtypes
 def test_empty_batch(native: Emulated, dtype: torch.dtype) -> None:
-    case = Case(batch=0)
+    case = SMALL._replace(batch=0)
     args = _inputs(case, dtype)
     mean, variance, ux, ones = _moments(native, case, *args[:3])
     assert torch.stack([mean, variance]).isnan().all()
@@ -230,7 +195,7 @@ def _same_kind(found: Tensor, expected: Tensor) -> None:
 def test_nan_and_infinity_go_where_they_should(
     native: Emulated, dtype: torch.dtype, value: float, at: tuple[int, int]
 ) -> None:
-    case = Case(batch=1, channels=1, kernel=3, blur=3, padding=0, masked=False)
+    case = SMALL._replace(batch=1, channels=1, kernel=3, blur=3, padding=0, masked=False)
     args = _inputs(case, dtype)
     x = args[0]
     assert x is not None
@@ -252,7 +217,7 @@ def test_nan_and_infinity_go_where_they_should(
 
 @dtypes
 def test_the_first_nan_of_a_group_wins(native: Emulated, dtype: torch.dtype) -> None:
-    case = Case()
+    case = SMALL
     args = _inputs(case, dtype)
     bank = args[1]
     assert bank is not None
@@ -285,7 +250,7 @@ def test_little_shared_memory_means_smaller_tiles(
     native: Emulated, dtype: torch.dtype, kilobytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EQCVT_EMULATE_SHARED", str(kilobytes * 1024))
-    case = Case(channels=5, kernel=3)
+    case = SMALL._replace(channels=5, kernel=3)
     test_apply(native, case, dtype)
     test_moments(native, case, dtype)
     test_moments_input(native, case, dtype)
@@ -293,7 +258,7 @@ def test_little_shared_memory_means_smaller_tiles(
 
 
 def test_what_does_not_fit_is_refused(native: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case()
+    case = SMALL
     args = _inputs(case, torch.float32)
     monkeypatch.setenv("EQCVT_EMULATE_SHARED", "4096")
     with pytest.raises(AssertionError, match="status -3"):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eqcvt.native import lift
+from tests.native.lift_case import Case
 from tests.ops import primitives
 from tests.tolerance import assert_as_good
 
@@ -31,37 +32,6 @@ def set_threads(patch: pytest.MonkeyPatch, threads: int) -> None:
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     set_threads(monkeypatch, request.param)
-
-
-class Case(NamedTuple):
-    """Sizes and options of a call."""
-
-    batch: int = 2
-    channels: int = 1
-    height: int = 23
-    width: int = 20
-    fields: int = 3
-    group: int = 4
-    kernel: int = 5
-    stride: int = 1
-    padding: int = 1
-    masked: bool = True
-    blur: int = 5
-    blur_stride: int = 1
-    pool: bool = True
-
-    @property
-    def conv(self) -> dict[str, int]:
-        return {"stride": self.stride, "padding": self.padding}
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {**self.conv, "blur_stride": self.blur_stride, "pool": self.pool}
-
-    @property
-    def fits(self) -> bool:
-        size = (min(self.height, self.width) + 2 * self.padding - self.kernel) // self.stride + 1
-        return size >= max(self.blur, 1)
 
 
 class Inputs(NamedTuple):
