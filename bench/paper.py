@@ -52,7 +52,7 @@ MODELS = {
     "cvt": ("CvT", *demo.MODELS["CvT"]),
 }
 TRAIN_SEED, TEST_SEED = 1, 2
-SHIPPED = ("eqcvt", "cvt")
+SHIPPED = {"eqcvt": "eqcvt", "exact": "eqcvt-exact", "cvt": "cvt"}  # and the first part of its name
 ORIGIN = ("command", "commit", "device", "threads", "versions")
 SELECTION = ("sets", "models", "recipes", "seeds")
 RUN = ("set", "model", "recipe", "seed")
@@ -331,13 +331,13 @@ def ship(paper: Paper, content: Mapping[str, Any]) -> list[Path]:
     """Copy the models with the best validation accuracy into the package, each with its card."""
     written = []
     for of in paper.sets:
-        for model in SHIPPED:
+        for model, name in SHIPPED.items():
             rows = [r for r in content["rows"] if (r["set"], r["model"]) == (of, model)]
             if not rows:
                 continue
             best = max(rows, key=lambda row: row["val_best"])
             trained = paper.folder(*(best[name] for name in RUN))
-            target = PRETRAINED / f"{model}-{of}"
+            target = PRETRAINED / f"{name}-{of}"
             with replacing_folder(target) as folder:
                 load_model(trained / "best").save_pretrained(folder)
                 if (seen := trained / SEEN).is_file():  # not after an --init that did not know

@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 def unmasked(images: npt.ArrayLike, what: str = "images") -> npt.NDArray[Any]:
     """Return an array, or refuse one that hides numbers: no model would know which."""
-    if np.ma.is_masked(images):
-        hidden = np.ma.count_masked(images)
+    if isinstance(images, np.ma.MaskedArray) and (hidden := int(np.sum(images.mask))):
         raise ValueError(
-            f"{what} must be plain arrays, got one that masks {hidden} of its {np.size(images)} "
+            f"{what} must be plain arrays, got one that masks {hidden} of its {images.size} "
             "numbers: give these a value, as in images.filled(0)"
         )
     return np.asarray(images)

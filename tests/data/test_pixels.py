@@ -58,6 +58,8 @@ def test_pixels_behind_a_mask_are_refused() -> None:
         with pytest.raises(ValueError, match=said):
             take(images)
         take(np.ma.masked_greater(PLAIN, 500))  # hides nothing
+    with pytest.raises(ValueError, match="labels must be plain arrays"):
+        LensingImages(PLAIN, np.ma.masked_equal([0, 1, 2], 2), ("a", "b"))
 
 
 def test_arrays_are_seen_as_tensors_are() -> None:
