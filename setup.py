@@ -30,7 +30,8 @@ X86 = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],  # GCC 11, clang 12 and newer
+    # GCC 11, clang 12 and newer
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DEQCVT_USE_MATRIX_UNIT"],
 }
 BINDINGS, PARALLEL = "csrc/bindings.cpp", "csrc/cpu/parallel.cpp"
 # It takes longest to compile and gains nothing from what "amx" has beyond "avx512".
@@ -89,8 +90,9 @@ def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
     """Return what to compile CPU kernels for: names and options, as far as the compiler knows."""
     if not re.search(r"(x86_64|amd64)$", sysconfig.get_platform()):
         return {"portable": []}
-    command = [*compiler, *X86["amx"], "-E", "-x", "c++", os.devnull]
-    knows = not subprocess.run(command, capture_output=True).returncode
+    command = [*compiler, *X86["amx"], "-x", "c++", "-c", "-", "-o", os.devnull]
+    program = "#include <immintrin.h>\nvoid f() { _tile_release(); }\n"  # for the assembler too
+    knows = not subprocess.run(command, input=program, text=True, capture_output=True).returncode
     return {isa: options for isa, options in X86.items() if knows or isa != "amx"}
 
 
@@ -257,9 +259,11 @@ class BuildNative(build_ext):
             link += ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
         defines += [f"-DEQCVT_VERSION={self.distribution.get_version()}"]
         # pip has pybind11 in a new folder at each build. Were that named in the command, or in what
-        # the file depends on (-MMD leaves these out), every install would compile it again.
-        defines += [f"-I{include}", f"-DEQCVT_PYBIND11={pybind11.__version__}"]
-        paths = [pybind11.get_include(), os.environ.get("CPLUS_INCLUDE_PATH")]
+        # the file depends on (-MMD leaves these out), every install would compile it again. A
+        # CPATH would come before it.
+        defines += [f"-DEQCVT_PYBIND11={pybind11.__version__}"]
+        given = [os.environ.pop(name, "") for name in ("CPATH", "CPLUS_INCLUDE_PATH")]
+        paths = [pybind11.get_include(), include, *given]
         os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(filter(None, paths))
         objects.append(ninja.compile(BINDINGS, [*base, *defines], depend="-MMD"))
         objects.append(ninja.compile(PARALLEL, base))

@@ -111,7 +111,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not item.path.is_relative_to(ROOT / "bench"):
             continue
-        item.add_marker(pytest.mark.timeout(180 if config.getoption("--must") else 900))
+        must_s = 300 if "compile-max" in item.name else 180
+        item.add_marker(pytest.mark.timeout(must_s if config.getoption("--must") else 900))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

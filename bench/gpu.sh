@@ -15,8 +15,19 @@ cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-bench/results/session}
 PYTHON=${PYTHON:-.venv/bin/python}
 WORKERS=${WORKERS:-8}
-ONE_PASS="conv_attention_attend_bwd 16 D32 HELD=0,8,4 num_stages=2,3 --images 128 --images 16"
+ONE_PASS="conv_attention_attend_bwd 16 D32 HELD=8,4 num_stages=2,3 --images 128 --images 16"
 LAUNCHES=${LAUNCHES:-$ONE_PASS --call model --call \"one filter, odd\"}
+# A CUDA error ends its process for good, so every group has one of its own; the dearest come last.
+bench_groups() {
+  local code=0 group file words
+  for group in conv_attention "model EqCvT and not step" mlp_block lift "model stage" "model step"; do
+    file=${group%% *} words=${group#"${group%% *}"}
+    "$PYTHON" -m pytest "bench/test_bench_$file.py" -k "not triton-compile${words:+ and $words}" -v \
+      --device cuda --must --minutes $(((LIMIT - 60 - SECONDS) / 60)) --results "$OUT" || code=1
+  done
+  return $code
+}
+export -f bench_groups
 declare -A limits=([launches]=130 [build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
 declare -A commands=(
   [launches]="$PYTHON -m bench.launch_times $LAUNCHES --jobs $WORKERS --ship --out \"\$OUT/launches.json\""
@@ -24,7 +35,7 @@ declare -A commands=(
   [test]="EQCVT_REQUIRE=cuda $PYTHON -m pytest -p no:benchmark -m gpu -n $WORKERS --dist worksteal tests"
   [check]="$PYTHON -m eqcvt tune --check-only --jobs $WORKERS --out \"\$OUT/tuned.json\""
   [tune]="$PYTHON -m eqcvt tune --jobs $WORKERS --minutes 2.5 --out \"\$OUT/tuned.json\""
-  [bench]="$PYTHON -m pytest bench --device cuda --must --minutes 8 --results \"\$OUT\""
+  [bench]=bench_groups
   [sanitize]="$PYTHON -m bench.sanitize --jobs $WORKERS --out \"\$OUT/sanitizer.txt\""
 )
 parts=${PARTS:-build test check tune bench sanitize}
@@ -43,9 +54,15 @@ for limit in ${LIMITS:-}; do
   limits[${limit%%=*}]=${limit#*=}
 done
 
+needed='import sys, bench.models; from eqcvt.convert import _escnn; sys.exit(_escnn.install())'
+if [[ " $parts " == *" bench "* ]] && ! "$PYTHON" -c "$needed"; then
+  echo "the part bench cannot be run by $PYTHON, for the reason above" >&2
+  exit 2
+fi
+
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
-export OUT
+export OUT PYTHON PYTHONUNBUFFERED=1
 page=$OUT/summary.txt
 {
   date -u
@@ -62,7 +79,7 @@ for part in $parts; do
     [ -f "$OUT/tuned.json" ] && EQCVT_TUNED=$OUT/tuned.json
     export EQCVT_TUNED
   fi
-  timeout -k 10 "${limits[$part]}" bash -c "${commands[$part]}" >"$OUT/$part.log" 2>&1
+  LIMIT=${limits[$part]} timeout -k 10 "${limits[$part]}" bash -c "${commands[$part]}" >"$OUT/$part.log" 2>&1
   code=$?
   result="ok"
   if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
@@ -74,6 +91,7 @@ for part in $parts; do
   {
     printf '\n%s: %s, %d s, %s\n' "$part" "$result" $((SECONDS - start)) "$OUT/$part.log"
     grep -v '^[[:space:]]*$' "$OUT/$part.log" | tail -n 5 | cut -c 1-160 | sed 's/^/  /'
+    [ "$part" = bench ] && "$PYTHON" -m bench.must "$OUT"/*.csv 2>&1 # whatever became of the rest
   } | tee -a "$page"
 done
 echo

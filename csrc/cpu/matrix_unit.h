@@ -4,20 +4,21 @@
 // entries k and k + 1 of a column are neighbours, and a row of pairs holds all columns; two rows of
 // float32 become one row of pairs by interleaving them. Subnormal numbers count as zero.
 //
-// EQCVT_MATRIX_UNIT is defined where a file is compiled for the unit, and with
+// EQCVT_MATRIX_UNIT is defined with EQCVT_USE_MATRIX_UNIT, in the variant for such processors (that
+// the compiler may use the unit says nothing: -march=native says so to every variant), and with
 // EQCVT_EMULATE_MATRIX_UNIT, when plain C++ takes its place for tests on other processors.
 #pragma once
 
 #include "exp.h"
 
-#if defined(__AMX_BF16__) || defined(EQCVT_EMULATE_MATRIX_UNIT)
+#if defined(EQCVT_USE_MATRIX_UNIT) || defined(EQCVT_EMULATE_MATRIX_UNIT)
 #define EQCVT_MATRIX_UNIT 1
 
 namespace {
 
 constexpr int64_t kTileRows = 16, kTileColumns = 16, kTileDepth = 32; // of a product of two tiles
 
-#if defined(__AMX_BF16__)
+#if defined(EQCVT_USE_MATRIX_UNIT)
 
 // What is in memory when a tile is loaded from it has to be told to the compiler: GCC's intrinsics
 // do not say that they read memory.
@@ -34,6 +35,7 @@ struct MatrixUnit {
         }
         written(configuration);
         _tile_loadconfig(configuration);
+        written(configuration); // whose place is not used again before
     }
     ~MatrixUnit() { _tile_release(); }
     MatrixUnit(const MatrixUnit&) = delete;

@@ -9,7 +9,7 @@
 
 namespace {
 
-#if defined(__AVX512F__) // 32 registers
+#if defined(__AVX512F__) || defined(EQCVT_EMULATE_MATRIX_UNIT) // 32 registers
 template <class T> constexpr int kRows = 8;
 template <class T> constexpr int kVectors = 3;
 #elif defined(__AVX__) // 16

@@ -277,6 +277,16 @@ def test_a_compiler_that_does_not_know_amx_leaves_it_out() -> None:
     assert list(load_setup().instruction_sets(["true"])) == ["portable", "avx2", "avx512", "amx"]
 
 
+@pytest.mark.skipif("amx" not in INFO.get("instruction_sets", ()), reason="AMX was left out")
+def test_what_the_compiler_may_use_puts_no_amx_into_other_variants() -> None:
+    options = load_setup().X86["amx"]
+    for given in (options, [word for word in options if not word.startswith("-D")]):
+        source = ("-std=c++17", "-E", str(ROOT / "csrc" / "cpu" / "conv_attention.cpp"))
+        status, text = run(*load_setup().find_compiler(), *given, "-DEQCVT_ISA=any", *source)
+        assert status == 0, text
+        assert ("struct MatrixUnit" in text) == (given is options)
+
+
 @BUILT
 @pytest.mark.parametrize("isa", HERE)
 def test_the_instruction_set_can_be_chosen(isa: str) -> None:

@@ -414,6 +414,8 @@ def test_a_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> No
         assert (tmp_path / "out" / f"{part}.log").exists()
     wrong = session(PARTS="chek")
     assert (wrong.returncode, "PARTS names chek" in wrong.stderr) == (2, True)
+    wrong = session(PARTS="check bench")
+    assert (wrong.returncode, "bench cannot be run by false" in wrong.stderr) == (2, True)
     wrong = session(LIMITS="check=soon")
     assert (wrong.returncode, "LIMITS must be a list" in wrong.stderr) == (2, True)
 
@@ -456,6 +458,19 @@ def test_launches_are_compared_and_the_fastest_right_one_is_shipped(tmp_path: Pa
     launch_times.ship(key, tried[-1], path)
     assert json.loads(path.read_text()) == json.loads(shipped) | {key: tried[-1]}
     assert set(shipped.splitlines()) < set(path.read_text().splitlines())
+
+
+def test_what_is_no_faster_than_the_launch_in_force_is_not_shipped() -> None:
+    def rows(*times: tuple[float, float] | None) -> list[launch_times.Row]:
+        timed = [{} if t is None else {128: t[0], 16: t[1]} for t in times]
+        return [
+            launch_times.Row({"HELD": i}, None if t else "wrong", t) for i, t in enumerate(timed)
+        ]
+
+    assert launch_times.fastest(rows((2.0, 1.0), (1.5, 1.0), (1.4, 0.9), (1.9, 1.1))) == {"HELD": 2}
+    for other in (None, (1.99, 0.5), (1.0, 1.01)):  # wrong, noise, slower at 16 images
+        assert launch_times.fastest(rows((2.0, 1.0), other, (2.1, 1.0))) is None
+    assert launch_times.fastest(rows(None, (3.0, 3.0), None)) == {"HELD": 1}
 
 
 def test_comparing_launches_needs_a_gpu() -> None:
