@@ -62,7 +62,8 @@ class LensingImages:
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", pixels(unmasked(self.images)))
         check_shape(self.images.shape)
-        object.__setattr__(self, "labels", _labels(unmasked(self.labels, "labels"), self.classes)[0])
+        labels = unmasked(self.labels, "labels")
+        object.__setattr__(self, "labels", _labels(labels, self.classes)[0])
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must have different names, got {', '.join(self.classes)}")
         count = len(self.images)
