@@ -91,7 +91,8 @@ for part in $parts; do
   {
     printf '\n%s: %s, %d s, %s\n' "$part" "$result" $((SECONDS - start)) "$OUT/$part.log"
     grep -v '^[[:space:]]*$' "$OUT/$part.log" | tail -n 5 | cut -c 1-160 | sed 's/^/  /'
-    [ "$part" = bench ] && "$PYTHON" -m bench.must "$OUT"/*.csv 2>&1 # whatever became of the rest
+    # Whatever became of the rest.
+    [ "$part" = bench ] && compgen -G "$OUT/*.csv" >/dev/null && "$PYTHON" -m bench.must "$OUT"/*.csv
   } | tee -a "$page"
 done
 echo

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from matplotlib.figure import Figure
 
 from eqcvt.convert import _escnn
 
@@ -108,10 +107,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write pictures without drawing them, which takes a second each: for tests of other things."""
 
-    def savefig(figure: Figure, path: Path, **options: object) -> None:
+    def savefig(figure: object, path: Path, **options: object) -> None:
         path.write_bytes(b"undrawn")
 
-    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
 @pytest.fixture(autouse=True)
