@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import re
 import subprocess
 import sys
 import weakref
@@ -45,13 +47,37 @@ def row(implementation: str, milliseconds: float, **other: str) -> rows.Row:
     )
 
 
-@pytest.mark.parametrize("options", [["--quick"], ["--device", "cuda", "--must"]], ids=" ".join)
-def test_every_file_collects_without_a_gpu(options: list[str]) -> None:
+def collected(*options: str) -> list[str]:
+    """Return the names of the rows that these options time."""
     command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert found == {f"bench/{file.__name__.split('.')[-1]}.py" for file in FILES}
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    files = {f"bench/{file.__name__.split('.')[-1]}.py" for file in FILES}
+    assert {line.split("::")[0] for line in found} == files
+    return found
+
+
+def test_every_file_collects_without_a_gpu() -> None:
+    assert collected("--quick")
+
+
+def test_a_gpu_session_times_every_row_of_a_goal_once(tmp_path: Path) -> None:
+    """Its Python only says how it was called; token_embed's rows stand in no goal."""
+    called = {"PATH": os.environ["PATH"], "OUT": str(tmp_path), "PYTHON": "echo", "PARTS": "bench"}
+    subprocess.run(["bash", ROOT / "bench" / "gpu.sh"], env=called, check=True, capture_output=True)
+    groups = re.findall(r"pytest (\S+) -k (.+) -v ", (tmp_path / "bench.log").read_text())
+
+    def selects(words: str, name: str) -> bool:
+        return all(
+            (word.removeprefix("not ").strip().lower() in name.lower())
+            is not word.startswith("not ")
+            for word in words.split(" and ")
+        )
+
+    for name in collected("--device", "cuda", "--must"):
+        times = sum(name.startswith(file) and selects(words, name) for file, words in groups)
+        assert times == ("triton-compile" not in name and "token_embed" not in name), name
 
 
 def test_every_op_has_its_file_and_each_row_one_case() -> None:
