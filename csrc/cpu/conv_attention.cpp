@@ -175,8 +175,8 @@ int EQCVT_KERNEL(conv_attention_attend)(int dtype, const void* a, const void* b,
                                         int64_t M, int64_t D, int64_t heads, int save,
                                         double dropout, void* y, void* o, void* lse, int threads) {
     if (B < 0 || N < 1 || M < 1 || D < 1 || heads < 1) return EQCVT_BAD_SIZE;
-    const auto run_as = [&](auto number) {
-        using T = decltype(number);
+    return with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
         using S = number_t<T>;
         const Sizes<S> z{B, N, M, D, heads};
         uint64_t key;
@@ -197,10 +197,6 @@ int EQCVT_KERNEL(conv_attention_attend)(int dtype, const void* a, const void* b,
         if (!memory.data) return static_cast<int>(EQCVT_NO_MEMORY);
         const Weights<S> w(z, memory.data, static_cast<const S*>(wq), static_cast<const S*>(bq),
                            static_cast<const S*>(wo), static_cast<const S*>(bo), false);
-        return forward(p, w, z.useful_threads(threads));
-    };
-    if (dtype == EQCVT_F32) return run_as(float());
-    if (dtype == EQCVT_F64) return run_as(double());
-    if (dtype == EQCVT_BF16) return run_as(bf16());
-    return EQCVT_BAD_DTYPE;
+        return forward(p, w, useful_threads(threads, z.B * z.tiles));
+    });
 }

@@ -368,8 +368,8 @@ int EQCVT_KERNEL(conv_attention_attend_backward)(
     int64_t heads, double dropout, void* da, void* db, void* dc, void* dscale, void* dshift,
     void* dwq, void* dbq, void* dwo, void* dbo, int threads) {
     if (B < 0 || N < 1 || M < 1 || D < 1 || heads < 1) return EQCVT_BAD_SIZE;
-    const auto run_as = [&](auto number) {
-        using T = decltype(number);
+    return with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
         using S = number_t<T>;
         const Sizes<S> z{B, N, M, D, heads};
         uint64_t key;
@@ -395,10 +395,6 @@ int EQCVT_KERNEL(conv_attention_attend_backward)(
         if (!memory.data) return static_cast<int>(EQCVT_NO_MEMORY);
         const Weights<S> w(z, memory.data, static_cast<const S*>(wq), static_cast<const S*>(bq),
                            static_cast<const S*>(wo), static_cast<const S*>(bo), true);
-        return backward(p, w, to, z.useful_threads(threads));
-    };
-    if (dtype == EQCVT_F32) return run_as(float());
-    if (dtype == EQCVT_F64) return run_as(double());
-    if (dtype == EQCVT_BF16) return run_as(bf16());
-    return EQCVT_BAD_DTYPE;
+        return backward(p, w, to, useful_threads(threads, z.B * z.tiles));
+    });
 }

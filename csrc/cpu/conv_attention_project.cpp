@@ -372,7 +372,7 @@ int EQCVT_KERNEL(conv_attention_project)(int dtype, const void* x, const void* q
             {static_cast<T*>(a), static_cast<T*>(b), static_cast<T*>(c)},
             moments ? static_cast<S*>(mean) : nullptr,
             moments ? static_cast<S*>(variance) : nullptr};
-        return project(p, z.useful_threads(threads));
+        return project(p, useful_threads(threads, z.B * z.H));
     });
 }
 
@@ -404,6 +404,6 @@ int EQCVT_KERNEL(conv_attention_project_backward)(
             {static_cast<S*>(dq), static_cast<S*>(dk), static_cast<S*>(dv)},
             static_cast<S*>(dnorm_weight),
             static_cast<S*>(dnorm_bias)};
-        return project_backward(p, z.useful_threads(threads));
+        return project_backward(p, useful_threads(threads, z.B * z.H));
     });
 }

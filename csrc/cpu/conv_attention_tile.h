@@ -29,10 +29,6 @@ template <class S> struct Sizes {
     int64_t matrix = rows * stride;
     int64_t lanes = stride * kLanes<S>;  // size of a tile with a row per channel
     int64_t tokens = stride * kLanes<S>; // size of a tile with a row per token
-    int useful_threads(int threads) const {
-        const int64_t most = B * tiles > 0 ? B * tiles : 1;
-        return threads < 1 ? 1 : static_cast<int>(threads < most ? threads : most);
-    }
 };
 
 // The tile of a number, counted through all images.

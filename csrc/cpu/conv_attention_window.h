@@ -17,10 +17,6 @@ struct Shape {
     int64_t width(int side) const { return (W - 1) / step(side) + 1; }
     int64_t tokens(int side) const { return height(side) * width(side); }
     int64_t taps() const { return kk * kk * stride; } // of one projection
-    int useful_threads(int threads) const {
-        const int64_t most = B * H > 0 ? B * H : 1;
-        return threads < 1 ? 1 : static_cast<int>(threads < most ? threads : most);
-    }
 };
 
 // The layer norm in front of the filters: gamma and beta [stride], zeros beyond D; null for none.

@@ -13,7 +13,6 @@ template <class T> struct exponent;
 template <> struct exponent<float> {
     static constexpr float bias = 127, round = 12582912;
     static constexpr int mantissa = 23;
-    static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723e-6f;
     static constexpr float c[] = {1.f,
                                   0.69314720575218624f,
                                   0.24022646888362567f,
@@ -25,8 +24,6 @@ template <> struct exponent<float> {
 template <> struct exponent<double> {
     static constexpr double bias = 1023, round = 6755399441055744;
     static constexpr int mantissa = 52;
-    static constexpr double ln2_high = 0.693147180369123816490,
-                            ln2_low = 1.90821492927058770002e-10;
     static constexpr double c[] = {1.,
                                    0.69314718055994533,
                                    0.24022650695910156,
@@ -82,18 +79,6 @@ template <class T, int G> EQCVT_INLINE void vector_exp2(vec<T> (&x)[G]) {
 template <class T> EQCVT_INLINE vec<T> vector_exp2(vec<T> x) {
     vec<T> one[1] = {x};
     vector_exp2<T>(one);
-    return one[0];
-}
-
-// e^x, in the same way.
-template <class T> EQCVT_INLINE vec<T> vector_exp(vec<T> x) {
-    using E = exponent<T>;
-    constexpr T log2e = static_cast<T>(1.4426950408889634);
-    x = at_least<T>(broadcast<T>(-E::bias * static_cast<T>(0.6931471805599453)), x);
-    const vec<T> rounded[1] = {x * log2e + (E::round + E::bias)};
-    const vec<T> n = rounded[0] - (E::round + E::bias);
-    vec<T> one[1] = {((x - n * E::ln2_high) - n * E::ln2_low) * log2e};
-    scaled_power<T>(one, rounded);
     return one[0];
 }
 

@@ -5,28 +5,6 @@
 
 namespace {
 
-#if defined(__GNUC__)
-// The sum of the N lanes of v: halves are added until one lane is left.
-template <int N, class T, class V> EQCVT_INLINE T lane_sum(V v) {
-    if constexpr (N == 1) {
-        T x;
-        memcpy(&x, &v, sizeof x);
-        return x;
-    } else if constexpr (N == 2) {
-        T x[2];
-        memcpy(x, &v, sizeof x);
-        return x[0] + x[1];
-    } else {
-        typedef T half __attribute__((vector_size(N / 2 * sizeof(T))));
-        half part[2];
-        memcpy(part, &v, sizeof v);
-        return lane_sum<N / 2, T>(part[0] + part[1]);
-    }
-}
-#else
-template <int N, class T> T lane_sum(T v) { return v; }
-#endif
-
 // 1 in those lanes of a row's last vector that belong to the row, 0 in the others.
 template <class T> inline vec<T> last_lanes(int64_t columns) {
     constexpr int W = width<T>;
@@ -46,7 +24,7 @@ inline void normalise(T* x, T* rstd, int64_t stride, int64_t rows, int64_t colum
         T* row = x + i * stride;
         vec<T> total = {};
         for (int64_t j = 0; j < end; j += W) total += load(row + j);
-        const T mean = lane_sum<W, T>(total) / count;
+        const T mean = sum<T>(total) / count;
         vec<T> squares = {};
         for (int64_t j = 0; j < end; j += W) {
             vec<T> centred = load(row + j) - mean;
@@ -54,7 +32,7 @@ inline void normalise(T* x, T* rstd, int64_t stride, int64_t rows, int64_t colum
             store<T>(row + j, centred);
             squares += centred * centred;
         }
-        rstd[i] = lane_sum<W, T>(squares) / count;
+        rstd[i] = sum<T>(squares) / count;
     }
     // Apart from the sums, so that the roots of several rows are under way at once.
     for (int64_t i = 0; i < rows; ++i) rstd[i] = 1 / sqrt(rstd[i] + eps);
@@ -88,7 +66,7 @@ template <class T> inline void normalise_backward(T* d, const T* y, const T* rst
             total += g;
             along += g * load(y + j);
         }
-        const T mean = lane_sum<W, T>(total) / count, slope = lane_sum<W, T>(along) / count;
+        const T mean = sum<T>(total) / count, slope = sum<T>(along) / count;
         for (int64_t j = 0; j < end; j += W)
             store<T>(d + j, (load(d + j) - mean - load(y + j) * slope) * rstd[i]);
     }

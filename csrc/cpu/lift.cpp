@@ -32,7 +32,7 @@ template <class A> int moments(const Conv& c, const A* x, const number_t<A>* ban
         int status = gram_moments(c, x, bank, mask, mean, variance, ux, ones_x, threads, finite);
         if (status != EQCVT_OK || finite) return status;
     }
-    threads = static_cast<int>(larger(1, smaller(threads, c.B * c.H1)));
+    threads = useful_threads(threads, c.B * c.H1);
     Scratch<Moments> parts(threads * c.F);
     Scratch<double> sums(ux ? c.filters * c.taps : 0), ones(ones_x ? c.taps : 0);
     if (!parts.data || !sums.data || !ones.data) return EQCVT_NO_MEMORY;
@@ -115,7 +115,7 @@ template <class A> int apply(const Conv& c, const A* x, const number_t<A>* bank,
     const int64_t group = c.in_group(0), filter = blur.dense * lanes;
     const int64_t image_size = c.C * c.plane, ring_size = blur.size * group * filter;
     const int64_t size = image_size + group * row + ring_size;
-    threads = static_cast<int>(larger(1, smaller(threads, c.B * blur.H3)));
+    threads = useful_threads(threads, c.B * blur.H3);
     Scratch<T> memory(threads * size), weight(c.packed_filters * c.taps);
     Scratch<int64_t> offset(c.taps);
     Scratch<const T*> slots(threads * blur.size);
@@ -180,7 +180,7 @@ int apply_backward(const Conv& c, const A* dy, const uint8_t* arg, const A* x,
                    number_t<A>* dscale, number_t<A>* dshift, A* dx, int threads) {
     using T = number_t<A>;
     const int64_t lanes = width<T>, row = c.vectors * lanes, lead = blur.size - 1;
-    threads = static_cast<int>(larger(1, smaller(threads, c.B * (dx ? c.H : c.H1))));
+    threads = useful_threads(threads, c.B * (dx ? c.H : c.H1));
     // Rows of dy that a band of maps reaches; rows of one group with zeros between and around the
     // numbers of dy; and rows of zeros where there is no dy.
     const int64_t reached = (BAND + blur.size - 2) / blur.stride + 1, group = c.in_group(0);
@@ -260,26 +260,17 @@ int apply_backward(const Conv& c, const A* dy, const uint8_t* arg, const A* x,
 template <class T> const T* in(const void* p) { return static_cast<const T*>(p); }
 template <class T> T* out(void* p) { return static_cast<T*>(p); }
 
-// Stands for the type of activations in an argument.
-template <class A> struct Activations {
-    using type = A;
-};
-
-// Calls f(Activations<...>, Conv) for a dtype and sizes that can be served.
+// Calls f(zero of the type of activations, Conv) for a dtype and sizes that can be served.
 template <class Function> int with_conv(int dtype, int64_t B, int64_t C, int64_t H, int64_t W,
                                         int64_t F, int64_t G, int64_t k, int64_t stride,
                                         int64_t padding, const Function& f) {
     if (B < 0 || C < 1 || F < 1 || G < 1 || G > 16 || k < 1 || stride < 1 || padding < 0 ||
         H + 2 * padding < k || W + 2 * padding < k)
         return EQCVT_BAD_SIZE;
-    auto run = [&](auto type) {
-        const int64_t lanes = width<number_t<typename decltype(type)::type>>;
-        return f(type, Conv(lanes, B, C, H, W, F, G, k, stride, padding));
-    };
-    if (dtype == EQCVT_F32) return run(Activations<float>());
-    if (dtype == EQCVT_F64) return run(Activations<double>());
-    if (dtype == EQCVT_BF16) return run(Activations<bf16>());
-    return EQCVT_BAD_DTYPE;
+    return with_dtype(dtype, [&](auto zero) {
+        const int64_t lanes = width<number_t<decltype(zero)>>;
+        return f(zero, Conv(lanes, B, C, H, W, F, G, k, stride, padding));
+    });
 }
 
 } // namespace
@@ -288,8 +279,8 @@ int EQCVT_KERNEL(lift_moments)(int dtype, const void* x, const void* bank, const
                                int64_t B, int64_t C, int64_t H, int64_t W, int64_t F, int64_t G,
                                int64_t k, int64_t stride, int64_t padding, int correlate,
                                void* mean, void* variance, void* ux, void* ones_x, int threads) {
-    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto type, const Conv& c) {
-        using A = typename decltype(type)::type;
+    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto zero, const Conv& c) {
+        using A = decltype(zero);
         using T = number_t<A>;
         return moments<A>(c, in<A>(x), in<T>(bank), in<T>(mask), out<T>(mean), out<T>(variance),
                           correlate ? out<T>(ux) : nullptr, correlate ? out<T>(ones_x) : nullptr,
@@ -301,8 +292,8 @@ int EQCVT_KERNEL(lift_moments_input)(int dtype, const void* x, const void* bank,
                                      const void* c1, const void* c2, int64_t B, int64_t C,
                                      int64_t H, int64_t W, int64_t F, int64_t G, int64_t k,
                                      int64_t stride, int64_t padding, void* dx, int threads) {
-    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto type, const Conv& c) {
-        using A = typename decltype(type)::type;
+    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto zero, const Conv& c) {
+        using A = decltype(zero);
         using T = number_t<A>;
         return moments_input<A>(c, in<A>(x), in<T>(bank), in<T>(mask), in<T>(c1), in<T>(c2),
                                 out<A>(dx), threads);
@@ -314,8 +305,8 @@ int EQCVT_KERNEL(lift_apply)(int dtype, const void* x, const void* bank, const v
                              int64_t C, int64_t H, int64_t W, int64_t F, int64_t G, int64_t k,
                              int64_t kb, int64_t stride, int64_t padding, int64_t blur_stride,
                              int pool, void* y, void* arg, int threads) {
-    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto type, const Conv& c) {
-        using A = typename decltype(type)::type;
+    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto zero, const Conv& c) {
+        using A = decltype(zero);
         using T = number_t<A>;
         if (blur && !fits(c, kb, blur_stride)) return int(EQCVT_BAD_SIZE);
         const Blur<T> b(c, in<T>(blur), kb, blur_stride);
@@ -332,8 +323,8 @@ int EQCVT_KERNEL(lift_apply_backward)(int dtype, const void* dy, const void* arg
                                       int64_t blur_stride, int pool, int input_gradient,
                                       void* dbank, void* dscale, void* dshift, void* dx,
                                       int threads) {
-    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto type, const Conv& c) {
-        using A = typename decltype(type)::type;
+    return with_conv(dtype, B, C, H, W, F, G, k, stride, padding, [&](auto zero, const Conv& c) {
+        using A = decltype(zero);
         using T = number_t<A>;
         if (blur && !fits(c, kb, blur_stride)) return int(EQCVT_BAD_SIZE);
         const Blur<T> b(c, in<T>(blur), kb, blur_stride);

@@ -132,7 +132,7 @@ template <class A, class T, class Change>
 int banded_pass(const Conv& c, const A* x, const T* bank, const T* mask, const T* factor,
                 double* dbank, double* ones, A* dx, int threads, const Change& change) {
     const int64_t shared = dx ? c.H : c.H1;
-    threads = static_cast<int>(larger(1, smaller(threads, c.B * shared)));
+    threads = useful_threads(threads, c.B * shared);
     Transposed<T> back(c, dx != nullptr);
     const int64_t reach = dx ? back.reach : 0, row = back.row(), lanes = width<T>;
     const int64_t image_size = c.C * c.plane, maps_filter = (reach + BAND) * row;

@@ -5,11 +5,7 @@
 #include "lift_conv.h"
 
 // Keeps an inner loop in a function of its own, with all registers to itself.
-#if defined(__GNUC__)
 #define EQCVT_OUTLINE __attribute__((noinline))
-#else
-#define EQCVT_OUTLINE
-#endif
 
 namespace {
 
@@ -32,21 +28,17 @@ inline bool fits(const Conv& c, int64_t blur, int64_t blur_stride) {
     return blur > 0 && blur % 2 && blur_stride > 0 && c.H1 >= blur && c.W1 >= blur;
 }
 
-template <int N> struct Constant {
-    static constexpr int value = N;
-};
-
 // Calls f with the size as a constant where it is a usual one, and with 0 where it is not: then
 // what stands in registers otherwise is read from memory.
 template <class Function> EQCVT_INLINE void with_size(int64_t size, const Function& f) {
     if (size == 1)
-        f(Constant<1>());
+        f(count_of<1>());
     else if (size == 3)
-        f(Constant<3>());
+        f(count_of<3>());
     else if (size == 5)
-        f(Constant<5>());
+        f(count_of<5>());
     else
-        f(Constant<0>());
+        f(count_of<0>());
 }
 
 // The weighted sum of `size` vectors, forwards or backwards.
@@ -109,32 +101,22 @@ template <class T> void blur_along(const Blur<T>& blur, bool backwards, const T*
 
 // Group elements, a byte each in memory.
 template <class T> struct labels;
-#if defined(EQCVT_VECTOR_BYTES)
 template <> struct labels<float> {
     typedef uint8_t bytes __attribute__((vector_size(EQCVT_VECTOR_BYTES / 4)));
 };
 template <> struct labels<double> {
     typedef uint8_t bytes __attribute__((vector_size(EQCVT_VECTOR_BYTES / 8)));
 };
-#endif
 
 template <class T> EQCVT_INLINE ints<T> load_labels(const uint8_t* p) {
-#if defined(EQCVT_VECTOR_BYTES)
     typename labels<T>::bytes bytes;
     memcpy(&bytes, p, sizeof bytes);
     return __builtin_convertvector(bytes, ints<T>);
-#else
-    return *p;
-#endif
 }
 
 template <class T> EQCVT_INLINE void store_labels(uint8_t* p, ints<T> label) {
-#if defined(EQCVT_VECTOR_BYTES)
     auto bytes = __builtin_convertvector(label, typename labels<T>::bytes);
     memcpy(p, &bytes, sizeof bytes);
-#else
-    *p = static_cast<uint8_t>(label);
-#endif
 }
 
 EQCVT_INLINE ints<float> label_of(float, int64_t g) {

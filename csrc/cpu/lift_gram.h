@@ -158,7 +158,7 @@ template <class A, class T> int gram_sums(const Conv& c, const A* x, const T* ma
     const int64_t entries = c.taps * c.taps, columns = image.vectors * width<double>;
     const int64_t lines = (2 * c.k - 1) * SHIFTS * columns;
     const int64_t size = round_up(c.C * image.plane + lines + columns + entries + c.taps, 8);
-    threads = static_cast<int>(larger(1, smaller(threads, c.B * tasks)));
+    threads = useful_threads(threads, c.B * tasks);
     Scratch<double> memory(threads * size);
     if (!memory.data) return EQCVT_NO_MEMORY;
 

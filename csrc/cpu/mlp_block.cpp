@@ -123,19 +123,14 @@ template <class Stored, class T>
 inline void write_sum(Stored* to, T* a, const T* b, int64_t rows, int64_t columns, int64_t stride) {
     for (int64_t i = 0; i < rows; ++i, a += stride, b += stride, to += columns) {
         for (int64_t j = 0; j < columns; j += width<T>) store<T>(a + j, load(a + j) + load(b + j));
-        write_row(to, a, columns);
+        store_row(to, a, columns);
     }
-}
-
-inline int useful_threads(int threads, int64_t count) {
-    const int64_t tiles = count / kTile + 1;
-    return threads < 1 ? 1 : static_cast<int>(threads < tiles ? threads : tiles);
 }
 
 template <class Stored, class T = number_t<Stored>>
 int forward(const Stored* x, const Parameters<T>& parameters, const Dropout& dropout,
             const Shape& s, T eps, Stored* y, int threads) {
-    threads = useful_threads(threads, s.count);
+    threads = useful_threads(threads, s.count / kTile + 1);
     const int64_t shared = size_of<Packed<T>, T>(s), each = size_of<Tile<T>, T>(s);
     Scratch<T> memory(shared + threads * each);
     if (!memory.data) return EQCVT_NO_MEMORY;
@@ -150,7 +145,7 @@ int forward(const Stored* x, const Parameters<T>& parameters, const Dropout& dro
         const Range range(s.count, thread, n);
         for (int64_t token = range.begin; token < range.end; token += kTile) {
             const int64_t left = range.end - token, rows = left < kTile ? left : kTile;
-            read_rows(t.x, s.d, x + token * s.D, rows, s.D);
+            load_rows(t.x, x + token * s.D, rows, rows, s.D, s.D, s.d);
             t.up(p, s, rows, eps);
             dropout.factors(t.factor, token, rows, s.E, HIDDEN);
             activate(t.hidden, t.factor, rows, s.E, s.e);
@@ -186,7 +181,7 @@ template <class Stored, class T = number_t<Stored>>
 int backward(const Stored* dy, const Stored* x, const Parameters<T>& parameters,
              const Dropout& dropout, const Shape& s, T eps, Stored* dx,
              const Gradients<T>& gradients, int threads) {
-    threads = useful_threads(threads, s.count);
+    threads = useful_threads(threads, s.count / kTile + 1);
     const Layout at(s);
     const int64_t shared = size_of<Packed<T>, T>(s);
     const int64_t each = size_of<BackwardTile<T>, T>(s) + at.size;
@@ -207,9 +202,9 @@ int backward(const Stored* dy, const Stored* x, const Parameters<T>& parameters,
         const Range range(s.count, thread, n);
         for (int64_t token = range.begin; token < range.end; token += kTile) {
             const int64_t left = range.end - token, rows = left < kTile ? left : kTile;
-            read_rows(t.x, s.d, x + token * s.D, rows, s.D);
+            load_rows(t.x, x + token * s.D, rows, rows, s.D, s.D, s.d);
             t.up(p, s, rows, eps);
-            read_rows(t.dy, s.d, dy + token * s.D, rows, s.D);
+            load_rows(t.dy, dy + token * s.D, rows, rows, s.D, s.D, s.d);
             dropout.factors(t.factor, token, rows, s.D, OUTPUT);
             multiply(t.dropped, t.dy, t.factor, rows, s.D, s.d);
             matmul(rows, s.e, s.D, ByRows<T>{t.dropped, s.d}, p.w2, s.e, zero, t.dhidden, s.e);

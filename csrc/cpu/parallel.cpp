@@ -114,7 +114,7 @@ class FlushSubnormals {
 
   private:
     unsigned before_;
-#elif defined(__aarch64__) && defined(__GNUC__)
+#elif defined(__aarch64__)
     FlushSubnormals() {
         asm volatile("mrs %0, fpcr" : "=r"(before_));
         asm volatile("msr fpcr, %0" ::"r"(before_ | (uint64_t(1) << 24)));

@@ -37,6 +37,12 @@ struct Range {
     Range(int64_t count, int64_t i, int64_t n) : begin(count * i / n), end(count * (i + 1) / n) {}
 };
 
+// Of `threads`, at least one, no more than there are tasks.
+inline int useful_threads(int threads, int64_t tasks) {
+    if (threads <= 1 || tasks <= 1) return 1;
+    return threads < tasks ? threads : static_cast<int>(tasks);
+}
+
 // Scratch memory aligned to 64 bytes, not initialised; `data` is null where there was none left.
 template <class T> struct Scratch {
     T* data;

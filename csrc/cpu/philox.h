@@ -18,11 +18,7 @@
 namespace {
 
 // 64-bit lanes that hold one 32-bit word each, in the lower half; the upper half is not kept clean.
-#if defined(EQCVT_VECTOR_BYTES)
 typedef uint64_t words __attribute__((vector_size(EQCVT_VECTOR_BYTES)));
-#else
-typedef uint64_t words;
-#endif
 constexpr int kWords = static_cast<int>(sizeof(words) / sizeof(uint64_t));
 
 // The products of the lower halves. The compilers find the instruction for it only by its name.

@@ -17,7 +17,7 @@ template <class T> constexpr int kRows = 4;
 template <class T> constexpr int kVectors = 3;
 #else                  // 16, and a product needs one of them before it is added
 template <class T> constexpr int kRows = 4;
-template <class T> constexpr int kVectors = width<T> == 1 ? 4 : 2;
+template <class T> constexpr int kVectors = 2;
 #endif
 
 // Lanes of the widest block, a multiple of kRows<T>.

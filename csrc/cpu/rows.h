@@ -21,7 +21,7 @@ template <class T, class S> inline void load_rows(S* to, const T* from, int64_t 
     for (int64_t i = count * stride; i < padded * stride; ++i) to[i] = 0;
 }
 
-template <class T, class S> inline void store_row(T* to, const S* row, int64_t D) {
+template <class T, class S> EQCVT_INLINE void store_row(T* to, const S* row, int64_t D) {
     int64_t d = 0;
     for (; d + width<S> <= D; d += width<S>) store_numbers(to + d, load(row + d));
     for (; d < D; ++d) from_number(to + d, row[d]);

@@ -1,8 +1,7 @@
 // Vectors of the widest registers of the instruction set a file is compiled for.
 //
 // Each cpu/<op>.cpp is compiled once per instruction set, with EQCVT_ISA as its name. The vectors
-// are those of GCC and Clang; with another compiler a vector is one number, and the loops over
-// vectors are plain loops.
+// are those of GCC and Clang.
 #pragma once
 
 #include <math.h>
@@ -23,7 +22,6 @@
 // Heads the definition of a launcher: int EQCVT_KERNEL(lift_apply)(...)
 #define EQCVT_KERNEL(name) EQCVT_JOIN(eqcvt_cpu_##name##_, EQCVT_ISA)
 
-#if defined(__GNUC__)
 #define EQCVT_INLINE inline __attribute__((always_inline))
 #define EQCVT_RESTRICT __restrict__
 #if defined(__AVX512F__) || defined(EQCVT_EMULATE_MATRIX_UNIT)
@@ -32,10 +30,6 @@
 #define EQCVT_VECTOR_BYTES 32
 #else
 #define EQCVT_VECTOR_BYTES 16
-#endif
-#else
-#define EQCVT_INLINE inline
-#define EQCVT_RESTRICT
 #endif
 
 namespace {
@@ -61,7 +55,6 @@ template <> struct number<bf16> {
 template <class T> using number_t = typename number<T>::type;
 
 template <class T> struct lanes;
-#if defined(EQCVT_VECTOR_BYTES)
 template <> struct lanes<float> {
     typedef float vec __attribute__((vector_size(EQCVT_VECTOR_BYTES)));
     typedef int32_t ints __attribute__((vector_size(EQCVT_VECTOR_BYTES)));
@@ -73,18 +66,6 @@ template <> struct lanes<double> {
     typedef int64_t ints __attribute__((vector_size(EQCVT_VECTOR_BYTES)));
     static constexpr int count = EQCVT_VECTOR_BYTES / 8;
 };
-#else
-template <> struct lanes<float> {
-    typedef float vec;
-    typedef int32_t ints;
-    static constexpr int count = 1;
-};
-template <> struct lanes<double> {
-    typedef double vec;
-    typedef int64_t ints;
-    static constexpr int count = 1;
-};
-#endif
 
 // vec<T>: a vector of T = float or double; ints<T>: integers of the same width; width<T>: lanes.
 template <class T> using vec = typename lanes<T>::vec;
@@ -103,9 +84,9 @@ template <class T> EQCVT_INLINE void store(T* p, vec<T> v) { memcpy(p, &v, sizeo
 
 // Holds a vector in a register: the compiler forgets where it is from, and does not load it again.
 template <class V> EQCVT_INLINE void hold(V& v) {
-#if defined(__GNUC__) && defined(__AVX512F__)
+#if defined(__AVX512F__)
     asm("" : "+v"(v));
-#elif defined(__GNUC__) && defined(__SSE2__) && EQCVT_VECTOR_BYTES < 64
+#elif defined(__SSE2__) && EQCVT_VECTOR_BYTES < 64
     asm("" : "+x"(v));
 #else
     (void)v;
@@ -151,41 +132,43 @@ EQCVT_INLINE vec<double> load_numbers(const double* p) { return load(p); }
 EQCVT_INLINE void store_numbers(float* p, vec<float> v) { store(p, v); }
 EQCVT_INLINE void store_numbers(double* p, vec<double> v) { store(p, v); }
 EQCVT_INLINE vec<float> load_numbers(const bf16* p) {
-#if defined(EQCVT_VECTOR_BYTES)
     lanes<float>::half h;
     memcpy(&h, p, sizeof h);
     return as_floats<float>(__builtin_convertvector(h, ints<float>) << 16);
-#else
-    return to_number(*p);
-#endif
 }
 EQCVT_INLINE void store_numbers(bf16* p, vec<float> v) {
 #if defined(__AVX512BF16__)
     const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
     memcpy(p, &h, sizeof h);
-#elif defined(EQCVT_VECTOR_BYTES)
+#else
     ints<float> i = as_ints<float>(v);
     ints<float> rounded = (i + 0x7fff + ((i >> 16) & 1)) >> 16;
     ints<float> nan = (i >> 16) | 0x40;
     lanes<float>::half h = __builtin_convertvector(v == v ? rounded : nan, lanes<float>::half);
     memcpy(p, &h, sizeof h);
-#else
-    from_number(p, v);
 #endif
 }
 
-// As torch's: NaN if either is.
-template <class T> EQCVT_INLINE vec<T> maximum(vec<T> a, vec<T> b) {
-    return (a > b) | (a != a) ? a : b;
+// The sum of the lanes: halves are added until one lane is left.
+template <class T, class V> EQCVT_INLINE T sum(V v) {
+    if constexpr (sizeof v == 2 * sizeof(T)) {
+        T lane[2];
+        memcpy(lane, &v, sizeof lane);
+        return lane[0] + lane[1];
+    } else {
+        typedef T half __attribute__((vector_size(sizeof v / 2)));
+        half part[2];
+        memcpy(part, &v, sizeof v);
+        return sum<T>(part[0] + part[1]);
+    }
 }
 
-// The sum of the lanes, pairwise.
-template <class T> EQCVT_INLINE T sum(vec<T> v) {
-    T lane[width<T>];
-    memcpy(lane, &v, sizeof v);
-    for (int n = width<T> / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-    return lane[0];
+// f(zero of the type of activations), for the code of that type.
+template <class Function> inline int with_dtype(int dtype, const Function& f) {
+    if (dtype == EQCVT_F32) return f(float{});
+    if (dtype == EQCVT_F64) return f(double{});
+    if (dtype == EQCVT_BF16) return f(bf16{});
+    return EQCVT_BAD_DTYPE;
 }
 
 } // namespace

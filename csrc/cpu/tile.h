@@ -6,6 +6,7 @@
 
 #include "matmul.h"
 #include "pieces.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace {
@@ -17,35 +18,6 @@ template <class T> constexpr int64_t padded(int64_t columns) {
 
 template <class T> inline void fill(T* to, int64_t count, T value) {
     for (int64_t i = 0; i < count; ++i) to[i] = value;
-}
-
-// f(zero of the type of activations), for the code of that type.
-template <class Function> inline int with_dtype(int dtype, const Function& f) {
-    if (dtype == EQCVT_F32) return f(float{});
-    if (dtype == EQCVT_F64) return f(double{});
-    if (dtype == EQCVT_BF16) return f(bf16{});
-    return EQCVT_BAD_DTYPE;
-}
-
-// Rows of activations as numbers.
-template <class T, class Stored>
-inline void read_rows(T* to, int64_t stride, const Stored* from, int64_t rows, int64_t columns) {
-    constexpr int W = width<T>;
-    for (int64_t i = 0; i < rows; ++i, to += stride, from += columns) {
-        int64_t j = 0;
-        for (; j + W <= columns; j += W) store<T>(to + j, load_numbers(from + j));
-        for (; j < columns; ++j) to[j] = to_number(from[j]);
-        for (; j < stride; ++j) to[j] = 0;
-    }
-}
-
-// One row of numbers as activations.
-template <class Stored, class T>
-EQCVT_INLINE void write_row(Stored* to, const T* from, int64_t columns) {
-    constexpr int W = width<T>;
-    int64_t j = 0;
-    for (; j + W <= columns; j += W) store_numbers(to + j, load(from + j));
-    for (; j < columns; ++j) from_number(to + j, from[j]);
 }
 
 // sums[j] += the sum over rows of entry(i, j), a vector: in short runs, so that rounding adds up

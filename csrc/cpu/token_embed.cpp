@@ -95,7 +95,7 @@ template <class T> struct Tile {
                 if (row < 0 || row >= s.H)
                     fill(to, columns, T(0));
                 else
-                    read_rows(to, columns, x + (c * s.H + row) * s.W, 1, columns);
+                    load_rows(to, x + (c * s.H + row) * s.W, 1, 1, columns, s.W, columns);
             }
     }
 
@@ -170,7 +170,7 @@ template <class T> struct Ring {
                         interleave(row(y, c, 0, s), s);
                     else
                         fill(line, s.padding + s.W, T(0));
-                    write_row(dx + (c * s.H + y - s.padding) * s.W, line + s.padding, s.W);
+                    store_row(dx + (c * s.H + y - s.padding) * s.W, line + s.padding, s.W);
                 }
                 if (reached) fill(row(y, c, 0, s), s.phases * s.wide, T(0));
             }
@@ -178,15 +178,10 @@ template <class T> struct Ring {
     }
 };
 
-inline int useful_threads(int threads, const Shape& s) {
-    const int64_t rows = s.B * s.H1, most = rows > 1 ? rows : 1;
-    return threads < 1 ? 1 : static_cast<int>(threads < most ? threads : most);
-}
-
 template <class Stored, class T = number_t<Stored>>
 int forward(const Stored* x, const Parameters<T>& parameters, const Shape& s, T eps, Stored* y,
             int threads) {
-    threads = useful_threads(threads, s);
+    threads = useful_threads(threads, s.B * s.H1);
     const int64_t shared = size_of<Packed<T>, T>(s), each = size_of<Tile<T>, T>(s);
     Scratch<T> memory(shared + threads * each);
     Scratch<int64_t> offset(round_up(s.taps, kBlockRows));
@@ -205,7 +200,7 @@ int forward(const Stored* x, const Parameters<T>& parameters, const Shape& s, T 
             t.embed(x + row / s.H1 * s.C * s.H * s.W, row % s.H1, p, offset.data, s, eps);
             affine(t.tokens, t.tokens, p.gamma, p.beta, s.d, s.W1);
             for (int64_t q = 0; q < s.W1; ++q)
-                write_row(y + (row * s.W1 + q) * s.D, t.tokens + q * s.d, s.D);
+                store_row(y + (row * s.W1 + q) * s.D, t.tokens + q * s.d, s.D);
         }
     });
     return EQCVT_OK;
@@ -230,7 +225,7 @@ struct Layout {
 template <class Stored, class T = number_t<Stored>>
 int backward(const Stored* dy, const Stored* x, const Parameters<T>& parameters, const Shape& s,
              T eps, Stored* dx, const Gradients<T>& gradients, int threads) {
-    threads = useful_threads(threads, s);
+    threads = useful_threads(threads, s.B * s.H1);
     const Layout at(s);
     const int64_t shared = size_of<Packed<T>, T>(s), tile = size_of<Tile<T>, T>(s);
     const int64_t ring = dx ? size_of<Ring<T>, T>(s) : 0, dtokens = s.tile * s.d;
@@ -263,7 +258,7 @@ int backward(const Stored* dy, const Stored* x, const Parameters<T>& parameters,
             for (int64_t r = begin > before ? begin - before : 0; r < last - image * s.H1; ++r) {
                 const bool owned = r >= begin;
                 t.embed(x_image, r, p, offset.data, s, eps);
-                read_rows(d, s.d, dy + (image * s.H1 + r) * s.W1 * s.D, s.W1, s.D);
+                load_rows(d, dy + (image * s.H1 + r) * s.W1 * s.D, s.W1, s.W1, s.D, s.D, s.d);
                 if (owned) {
                     add_products(part + at.gamma, d, t.tokens, s.d, s.W1);
                     add_rows(part + at.beta, d, s.d, s.W1);
