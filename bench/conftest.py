@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pytest
@@ -29,31 +28,8 @@ START = pytest.StashKey[float]()
 CPU_S, CPU_ROUNDS = 6.0, (5, 15)
 
 
-class Record(Protocol):
-    """The type of the fixture ``record``."""
-
-    def __call__(
-        self,
-        case: Case,
-        implementation: str,
-        seconds: list[float],
-        *,
-        peak: float | None = None,
-        work: Work | None = None,
-    ) -> None: ...
-
-
-class Measure(Protocol):
-    """The type of the fixture ``measure``."""
-
-    def __call__(
-        self,
-        case: Case,
-        implementation: str,
-        build: Callable[[], Function],
-        *,
-        work: Work | None = None,
-    ) -> None: ...
+# The types of the fixtures of these names, which say what they take.
+Record = Measure = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -371,7 +371,7 @@ def _card(paper: Paper, content: Mapping[str, Any], row: Mapping[str, Any]) -> d
 
 
 def _each(names: Iterable[str]) -> str:
-    return f"{' | '.join(names)}; may be given several times. [all]"
+    return f"{' | '.join(names)}; may be given several times (default: all)."
 
 
 def main(

@@ -133,9 +133,10 @@ def assert_all_as_good(actual: Results, exact: Results, reference: Results) -> N
 def test_constructor_and_state_are_the_reference_s(name: str) -> None:
     quick, plain = getattr(fast, name), getattr(eqcvt, name)
     assert inspect.signature(quick) == inspect.signature(plain)
-    states = [model(**ARGUMENTS[name]).state_dict() for model in (quick, plain)]
-    shapes = [[(key, t.shape, t.dtype) for key, t in state.items()] for state in states]
+    models = [model(**ARGUMENTS[name]) for model in (quick, plain)]
+    shapes = [[(key, t.shape, t.dtype) for key, t in m.state_dict().items()] for m in models]
     assert shapes[0] == shapes[1]
+    assert models[0].config == models[1].config
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import eqcvt
-from eqcvt import CvT, EqCvT, create_model, fast
+from eqcvt import CvT, EqCvT, create_model
 from eqcvt.groups import Group
 from eqcvt.nn import Filters, Stage, TokenEmbed, set_sync_batch_norm
 
@@ -376,21 +376,6 @@ def test_state_dict_keys_are_the_same_in_training_and_evaluation() -> None:
     model(torch.rand(2, 1, 33, 33))
     assert list(model.eval().state_dict()) == keys
     assert not any(k.endswith(("basis", "mask", "blur", "orbits")) for k in keys)
-
-
-@pytest.mark.parametrize("cls", [EqCvT, CvT])
-def test_fast_model_has_the_same_constructor_state_and_results(cls: type) -> None:
-    kwargs = {"in_channels": 1, "image_size": 33, "dropout": 0.0}
-    quick = getattr(fast, cls.__name__)(**kwargs).double()
-    plain = cls(**kwargs).double()
-    plain.load_state_dict(quick.state_dict())
-    x = torch.rand(3, 1, 33, 33, dtype=torch.float64)
-    for training in (True, False):
-        a, b = (model.train(training)(x) for model in (quick, plain))
-        torch.testing.assert_close(a, b)
-    for one, other in zip(quick.state_dict().values(), plain.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other)
-    assert quick.config == plain.config
 
 
 def test_copies_and_pickles_are_whole() -> None:

@@ -173,17 +173,6 @@ def test_filters_that_are_not_square_and_grids_beyond_the_image_are_refused() ->
         assert why == f"takes square filters, not {size[0]}x{size[1]}"
 
 
-def test_devices_are_refused_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, filters = torch.zeros(1, 3, 9, 9), torch.zeros(32, 3, 3, 3)
-    assert token_embed.supports(x, filters, padding=1) is None
-    assert (
-        token_embed.supports(x.to("meta"), filters, padding=1)
-        == "runs on CUDA devices, not on meta"
-    )
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert token_embed.supports(x, filters, padding=1) == "runs on CUDA devices, not on the CPU"
-
-
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """The calls whose kernels are assembled: the model's sizes, and with EQCVT_AOT_WIDE wider."""
     cases = ((10, 121, 32, 3, 2, 1),)

@@ -84,6 +84,13 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
     return Inputs(dy, x, [p.to(parameter) for p in parameters], torch.tensor([2**40 + 12345]))
 
 
+def run(it: Inputs, dropout: float = 0.1) -> list[Tensor]:
+    """Return y and all gradients."""
+    options = {"dropout": dropout, "eps": EPS}
+    y = mlp_block.forward(it.x, *it.parameters, it.seed, **options)
+    return [y, *mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, **options)]
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     it = make(case, dtype)
     exact = it.double()
@@ -142,37 +149,25 @@ def test_sums_over_many_tokens_lose_nothing(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_nothing_in_gives_nothing_and_zeros(shape: tuple[int, int], dtype: torch.dtype) -> None:
     it = make(Case(*shape, 12, 9), dtype)
-    assert mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS).shape == (
-        *shape,
-        12,
-    )
-    dx, *rest = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
-    assert dx.shape == it.x.shape
+    y, dx, *rest = run(it)
+    assert y.shape == dx.shape == it.x.shape
     assert all(torch.equal(g, torch.zeros_like(g)) for g in rest)
 
 
 def test_one_channel_is_its_own_mean() -> None:
     it = make(Case(2, 9, 1, 8, 0.0))
-    y = mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.0, eps=EPS)
+    y, dx, dnorm_weight, *_ = run(it, dropout=0.0)
     expected = primitives.mlp_block_forward(it.x, *it.parameters, it.seed, dropout=0.0, eps=EPS)
     torch.testing.assert_close(y, expected)
-    found = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.0, eps=EPS)
-    assert torch.equal(found[0], it.dy)  # the norm's output is constant
-    assert torch.equal(found[1], torch.zeros(1))
+    assert torch.equal(dx, it.dy)  # the norm's output is constant
+    assert torch.equal(dnorm_weight, torch.zeros(1))
 
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_second_run_gives_the_same_bits(dtype: torch.dtype) -> None:
     it = make(Case(2, 333, 32, 64), dtype)
-    runs = [
-        [
-            mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS),
-            *mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS),
-        ]
-        for _ in range(2)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(it), run(it), strict=True))
 
 
 def test_tokens_do_not_depend_on_the_threads() -> None:
@@ -180,24 +175,18 @@ def test_tokens_do_not_depend_on_the_threads() -> None:
     results = []
     for count in (1, 2, 5):
         with threads(count):
-            y = mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
-            dx = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)[0]
-        results.append(torch.stack([y, dx]))
+            results.append(torch.stack(run(it)[:2]))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
 def test_inputs_need_not_be_contiguous() -> None:
     it = make(Case(2, 20, 8, 16))
-    expected = mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
-    gradients = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
     x, dy = (t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (it.x, it.dy))
     assert not x.is_contiguous()
-    y = mlp_block.forward(x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
-    assert torch.equal(y, expected)
-    assert y.is_contiguous()
-    found = mlp_block.backward(dy, x, *it.parameters, it.seed, dropout=0.1, eps=EPS)
-    assert all(torch.equal(f, g) for f, g in zip(found, gradients, strict=True))
+    found = run(it._replace(dy=dy, x=x))
+    assert found[0].is_contiguous()
+    assert all(torch.equal(f, e) for f, e in zip(found, run(it), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,8 +194,7 @@ def test_inputs_need_not_be_contiguous() -> None:
 def test_a_token_that_is_not_finite_stays_alone(value: float, dtype: torch.dtype) -> None:
     it = make(Case(1, 60, 12, 20, 0.0), dtype)
     it.x[0, 17, 5] = value
-    y = mlp_block.forward(it.x, *it.parameters, it.seed, dropout=0.0, eps=EPS)
-    dx, *rest = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, dropout=0.0, eps=EPS)
+    y, dx, *rest = run(it, dropout=0.0)
     for t in (y, dx):
         broken = torch.isnan(t[0]).all(1)
         assert broken.nonzero().flatten().tolist() == [17]
@@ -231,10 +219,10 @@ def test_gelu_of_large_values_and_its_derivative_are_float64_s(
     it.parameters[2].zero_()
     it.parameters[3].fill_(value)
     exact, options = it.double(), {"dropout": 0.0, "eps": EPS}
-    y = mlp_block.forward(it.x, *it.parameters, it.seed, **options)
+    y, *gradients = run(it, dropout=0.0)
     expected = primitives.mlp_block_forward(exact.x, *exact.parameters, it.seed, **options)
     torch.testing.assert_close(y, expected.to(dtype), equal_nan=True)
-    db1 = mlp_block.backward(it.dy, it.x, *it.parameters, it.seed, **options)[4]
+    db1 = gradients[4]
     expected = primitives.mlp_block_backward(
         exact.dy, exact.x, *exact.parameters, it.seed, **options
     )[4]

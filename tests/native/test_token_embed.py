@@ -110,6 +110,13 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
     return Inputs(dy.to(dtype), x.to(dtype), parameters)
 
 
+def run(it: Inputs, case: Case) -> list[Tensor]:
+    """Return y and all gradients."""
+    y = token_embed.forward(it.x, *it.parameters, **case.options)
+    options = {**case.options, "input_gradient": True}
+    return [y, *token_embed.backward(it.dy, it.x, *it.parameters, **options)]
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     it, options = make(case, dtype), case.options
     exact = it.double()
@@ -185,11 +192,8 @@ def test_sums_over_many_tokens_lose_nothing() -> None:
 def test_an_empty_batch_gives_nothing_and_zeros(dtype: torch.dtype) -> None:
     case = Case(batch=0)
     it = make(case, dtype)
-    y = token_embed.forward(it.x, *it.parameters, **case.options)
+    y, dx, *rest = run(it, case)
     assert y.shape == (0, *case.tokens, case.dim)
-    dx, *rest = token_embed.backward(
-        it.dy, it.x, *it.parameters, **case.options, input_gradient=True
-    )
     assert dx.shape == it.x.shape
     assert all(torch.equal(g, torch.zeros_like(g)) for g in rest)
 
@@ -199,14 +203,7 @@ def test_an_empty_batch_gives_nothing_and_zeros(dtype: torch.dtype) -> None:
 def test_a_second_run_gives_the_same_bits(dtype: torch.dtype) -> None:
     case = CASES["the model's"]._replace(batch=3)
     it = make(case, dtype)
-    runs = [
-        [
-            token_embed.forward(it.x, *it.parameters, **case.options),
-            *token_embed.backward(it.dy, it.x, *it.parameters, **case.options, input_gradient=True),
-        ]
-        for _ in range(2)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(it, case), run(it, case), strict=True))
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
@@ -218,11 +215,7 @@ def test_images_do_not_depend_on_the_threads(kernel: int, stride: int) -> None:
     results = []
     for count in (1, 2, 7):
         with threads(count):
-            y = token_embed.forward(it.x, *it.parameters, **case.options)
-            dx, *_ = token_embed.backward(
-                it.dy, it.x, *it.parameters, **case.options, input_gradient=True
-            )
-        results.append((y, dx))
+            results.append(run(it, case)[:2])
     for y, dx in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(dx, results[0][1])
@@ -230,17 +223,13 @@ def test_images_do_not_depend_on_the_threads(kernel: int, stride: int) -> None:
 
 def test_inputs_need_not_be_contiguous() -> None:
     case = Case()
-    it, options = make(case), {**case.options, "input_gradient": True}
-    expected = token_embed.forward(it.x, *it.parameters, **case.options)
-    gradients = token_embed.backward(it.dy, it.x, *it.parameters, **options)
+    it = make(case)
     x = it.x.contiguous(memory_format=torch.channels_last)
     dy = it.dy.transpose(1, 2).contiguous().transpose(1, 2)
     assert not x.is_contiguous()
-    y = token_embed.forward(x, *it.parameters, **case.options)
-    assert torch.equal(y, expected)
-    assert y.is_contiguous()
-    found = token_embed.backward(dy, x, *it.parameters, **options)
-    assert all(torch.equal(f, g) for f, g in zip(found, gradients, strict=True))
+    found = run(it._replace(dy=dy, x=x), case)
+    assert found[0].is_contiguous()
+    assert all(torch.equal(f, e) for f, e in zip(found, run(it, case), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -253,10 +242,9 @@ def test_a_pixel_that_is_not_finite_breaks_what_sees_it(
     it, options = make(case, dtype), {**case.options, "input_gradient": True}
     it.x[0, 1, 7, 5] = value
     exact = it.double()
-    y = token_embed.forward(it.x, *it.parameters, **case.options)
+    y, *found = run(it, case)
     expected = primitives.token_embed_forward(exact.x, *exact.parameters, **case.options)
     assert torch.equal(torch.isnan(y), torch.isnan(expected))
-    found = token_embed.backward(it.dy, it.x, *it.parameters, **options)
     wanted = primitives.token_embed_backward(exact.dy, exact.x, *exact.parameters, **options)
     for name, f, w in zip(NAMES, found, wanted, strict=True):
         assert torch.equal(torch.isnan(f), torch.isnan(w)), name
