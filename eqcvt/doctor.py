@@ -26,20 +26,22 @@ def report() -> dict[str, Any]:
     """Return everything ``eqcvt doctor`` shows, ready for JSON.
 
     Returns:
-        ``versions`` (package -> version or None), ``extras`` (extra -> what is missing),
-        ``devices`` (list of name, kind, memory in bytes, capability), ``threads``, ``variables``
-        (those of ours that are set), ``native`` (see :func:`eqcvt.native.build_info`),
-        ``proofs`` (per kind of GPU the file of ``eqcvt tune`` and its state) and ``backends`` (rows
-        of op, device, backend, available, chosen and the reason against).
+        ``versions`` (package -> version or None), ``platform`` and ``executable``, ``extras``
+        (extra -> what is missing), ``devices`` (rows of device, name and capability, for GPUs also
+        memory_bytes and bf16), ``threads``, ``variables`` (those of ours that are set), ``native``
+        (see :func:`eqcvt.native.build_info`), ``proofs`` (per kind of GPU the file of ``eqcvt
+        tune`` and its state), ``backend`` (the one in force) and ``backends`` (rows of op, device,
+        backend, available, chosen and the reason against).
 
     Raises:
         ImportError: if the compiled extension is there and cannot be loaded.
         FileNotFoundError: if EQCVT_TUNED names a file that is not there.
-        ValueError: if the file that it names is not one of ``eqcvt tune``.
+        ValueError: if the file that it names is not one of ``eqcvt tune``, or EQCVT_BACKEND names
+            no backend.
     """
     import eqcvt
     from eqcvt import native
-    from eqcvt.ops import _proof, explain
+    from eqcvt.ops import _proof, current_backend, explain
 
     packages = (*REQUIRED, *FAST, *(p for group in EXTRAS.values() for p in group))
     versions: dict[str, str | None] = {
@@ -67,6 +69,7 @@ def report() -> dict[str, Any]:
         },
         "native": native.build_info(),
         "proofs": _proof.report(),
+        "backend": current_backend(),
         "backends": [row._asdict() for row in explain()],
     }
 

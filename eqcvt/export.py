@@ -95,10 +95,11 @@ def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> 
                     )
             difference = max(difference, float((found - expected).abs().max()))
             scale = max(scale, float(expected.abs().max()))
-        if not difference <= tolerance * max(scale, 1.0):
+        allowed = tolerance * max(scale, 1.0)
+        if not difference <= allowed:
             raise RuntimeError(
-                f"the {kind} file gives logits {difference:.3g} away from the model's (largest "
-                f"logit {scale:.3g}, allowed {tolerance:g} of it); nothing was written"
+                f"the {kind} file gives logits {difference:.3g} away from the model's, allowed "
+                f"{allowed:.3g} (largest logit {scale:.3g}); nothing was written"
             )
     return Exported(path, kind, difference, scale)
 

@@ -31,14 +31,15 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Of an ML4SCI folder: train | val; both if not given.")
+        str | None,
+        typer.Option(help="Of a folder with train and val: train | val (default: both)."),
     ] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Another MODEL; may be repeated.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results  [MODEL/evaluation, or NAME-evaluation]"),
+        typer.Option(help="Folder for the results (default: RUN/evaluation, or NAME-evaluation)."),
     ] = None,
     last: LastOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
@@ -49,8 +50,9 @@ def evaluate(
 ) -> None:
     """Measure accuracy, AUC, calibration and what rotations do to the logits; draw pictures.
 
-    Writes metrics.json (last epoch with --last) and, besides the tables it prints, ROC, confusion,
-    reliability, logits against angle for all models side by side, attention maps and samples.
+    Writes metrics.json and, besides the tables it prints, ROC, confusion, reliability, logits
+    against angle for all models side by side, attention maps and samples; all in place of an
+    earlier evaluation, be it of the best epoch or the last.
 
     Images that one of the models was trained on are left out.
     """

@@ -49,7 +49,8 @@ def doctor(*, as_json: JsonOption = False) -> None:
     backends = Table("op", "device", "backend", "chosen", "why", title="Backends")
     backends.title_justify = "left"
     for row in found["backends"]:
-        why = row["reason"] or ("the first that can" if row["chosen"] else "another comes first")
+        yes = "the first that can" if found["backend"] == "auto" else "asked for"
+        why = row["reason"] or (yes if row["chosen"] else "another comes first")
         backends.add_row(
             row["op"], row["device"], row["backend"], "yes" if row["chosen"] else "no", why
         )

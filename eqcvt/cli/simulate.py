@@ -58,14 +58,16 @@ def simulate(
     preset: Annotated[str, typer.Option(help="deeplense | control | three_class")] = "deeplense",
     count: Annotated[int, typer.Option(help="Images in the whole set.")] = 1000,
     size: Annotated[
-        int | None, typer.Option(help="Pixels a side; the patch of sky stays.  [129]")
+        int | None, typer.Option(help="Pixels a side; the patch of sky stays (default: 129).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the set.")] = 1337,
     part: Annotated[
         str | None,
         typer.Option("--shard", help="i/n: make part i = 0..n-1 of the set; all n make the set."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes.  [one for each core]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes (default: up to one for each core).")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="uint8 grey values | float32 electrons per second")
     ] = "uint8",

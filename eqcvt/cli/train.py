@@ -22,6 +22,10 @@ EXTRA_HELP = {
     "seed": "of the weights, the order of the images, dropout and augmentation",
     "tensorboard": "also write TensorBoard's files",
     "step_gamma": "factor of the step schedule",
+    "val_fraction": "share of every class that is held out where there are no validation images",
+    "betas": "of Adam",
+    "weight_decay": "of the optimizer",
+    "label_smoothing": "of the loss, 0 for none",
 }
 
 
@@ -51,9 +55,16 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
         option = typer.Option(flag, help=helps.get(item.name, ""), show_default=False)
         if item.name == "model_kwargs":
             option.help = "NAME=VALUE: an argument of the model, VALUE in JSON or plain text"
-        elif item.default not in (dataclasses.MISSING, None, False):
-            option.help = f"{option.help} [{_plain(item.default)}]"
-        parameters.append(_keyword(item.name, Annotated[kind | None, option], None))
+        elif kind is not bool and item.default not in (dataclasses.MISSING, None):
+            option.help = f"{option.help} (default: {_plain(item.default)})"
+        parameters.append(
+            inspect.Parameter(
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
     own = list(inspect.signature(command, eval_str=True).parameters.values())
     own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
@@ -64,12 +75,6 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {p.name: p.annotation for p in own + parameters}
     run.__doc__, run.__name__ = command.__doc__, command.__name__
     return run
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
 
 
 def _plain(default: Any) -> str:

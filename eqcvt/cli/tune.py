@@ -23,17 +23,19 @@ def tune(
     check_only: Annotated[
         bool, typer.Option("--check-only", help="Check the kernels, leave launches as they are.")
     ] = False,
-    op: Annotated[list[str] | None, typer.Option(help="An op; may be repeated.  [all]")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op; may be repeated (default: all).")
+    ] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="triton | native; may be repeated.  [all there are]")
+        list[str] | None, typer.Option(help="triton | native; may be repeated (default: both).")
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="With --check-only: float32 | tf32 | bfloat16 | float16.  [all]"),
+        typer.Option(help="With --check-only: float32 | tf32 | bfloat16 | float16 (default: all)."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The file  [$EQCVT_TUNED, else a file in ~/.cache/eqcvt]"),
+        typer.Option(help="The file (default: $EQCVT_TUNED, or one in ~/.cache/eqcvt)."),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Try no further launch after so many.")

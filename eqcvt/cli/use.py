@@ -28,7 +28,8 @@ def export(
     ],
     last: LastOption = False,
     tolerance: Annotated[
-        float, typer.Option(help="Largest difference allowed, relative to the largest logit.")
+        float,
+        typer.Option(help="Largest difference allowed, relative to the largest logit, or to 1."),
     ] = 1e-4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
@@ -60,10 +61,13 @@ def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The published state dict.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels a side, where the file does not tell.  [129]")
+        int | None, typer.Option(help="Pixels a side, where the file does not tell (default: 129).")
     ] = None,
     heads: PerStage = None,
-    head_dim: Annotated[int | None, typer.Option(help="Channels of a head.  [64]")] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(help="Channels of a head (default: 64, or the width over --heads)."),
+    ] = None,
     embed_stride: PerStage = None,
     kv_stride: PerStage = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -77,13 +81,14 @@ def convert(
     from eqcvt.convert import load_published
 
     free(out, overwrite, folder=True)
+    step = _one_or_all(kv_stride)
     model = load_published(
         file,
         image_size=image_size,
         heads=_one_or_all(heads),
         head_dim=head_dim,
         embed_stride=_one_or_all(embed_stride),
-        kv_stride=_one_or_all(kv_stride) or 2,
+        kv_stride=2 if step is None else step,
     )
     with replacing_folder(out) as folder:
         model.save_pretrained(folder)

@@ -41,11 +41,12 @@ def load_published(
     stage.
 
     Args:
-        path: file written by ``torch.save`` of a state dict (alone or under ``"state_dict"`` or
-            ``"model"``), or a ``.safetensors`` file of the same keys. Nothing is unpickled.
+        path: file written by ``torch.save`` of a state dict (alone or under ``"state_dict"``,
+            ``"model_state_dict"`` or ``"model"``), or a ``.safetensors`` file of the same keys.
+            Nothing is unpickled.
         image_size: height and width of the images; None for 129 (EqCvT's is read from its mask).
         heads: attention heads; None for the number that makes each ``head_dim`` wide.
-        head_dim: channels of a head; None for 64.
+        head_dim: channels of a head; None for 64, or with ``heads`` for their share of the width.
         embed_stride: step of the token embedding; None for 4 in the first stage of a CvT, else 2.
         kv_stride: step of the key and value projections.
         dropout: dropout probability, which matters only if the model is trained further.

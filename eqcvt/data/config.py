@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
 
-from eqcvt._check import choice, integer, number
+from eqcvt._check import boolean, choice, integer, number
 
 Range = tuple[float, float]
 STRUCTURES = ("none", "point", "tnfw", "line")
@@ -41,15 +41,6 @@ def _checked_range(what: str, given: object, low: float, high: float) -> Range:
     if first > last:
         raise ValueError(f"{what} must be a pair (low, high) with low <= high, got {given!r}")
     return first, last
-
-
-def _checked_flag(what: str, given: object) -> bool:
-    if not isinstance(given, bool):
-        raise TypeError(f"{what} must be true or false, got {given!r}")
-    return given
-
-
-_FLAG = {"check": _checked_flag}
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,7 @@ class Camera(_Section):
     psf_pixels: int = field(default=11, metadata=_integer())
     exposure: float = field(default=300.0, metadata=_number(1e-3))
     sky: float = field(default=0.1, metadata=_number())
-    noise: bool = field(default=True, metadata=_FLAG)
+    noise: bool = field(default=True, metadata={"check": boolean})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +164,7 @@ class Subhalos(_Section):
     line_number: int = field(default=25, metadata=_integer(2))
     line_length: Range = field(default=(0.5, 2.0), metadata=_range())
     line_offset: Range = field(default=(0.0, 0.5), metadata=_range())
-    conserve_mass: bool = field(default=False, metadata=_FLAG)
+    conserve_mass: bool = field(default=False, metadata={"check": boolean})
 
 
 @dataclass(frozen=True)
@@ -300,8 +291,9 @@ _S = TypeVar("_S", bound=_Section)
 
 
 def _section(default: _S, name: str, given: Mapping[str, Any]) -> _S:
-    for key in given:
-        choice(f"field of {name}", key, [item.name for item in fields(default)])
+    checks = {item.name: item.metadata["check"] for item in fields(default)}
+    for key, value in given.items():  # here, where a source's light is told from a lens's
+        checks[choice(f"field of {name}", key, checks)](f"{name}.{key}", value)
     return dataclasses.replace(default, **given)
 
 

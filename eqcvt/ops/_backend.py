@@ -197,20 +197,30 @@ def explain(devices: tuple[str, ...] | None = None) -> list[Choice]:
     A backend that is available can still refuse a call, by its sizes or dtype; then the next one
     is taken. GPU kernels are chosen precision by precision: those that have not been checked yet if
     the check, at their first use, finds them right; the reason names those that it found wrong.
+    All that is so with ``"auto"`` in force; a backend asked for by name is chosen, or none is.
 
     Args:
         devices: device types; by default the CPU and, where there is one, CUDA.
+
+    Raises:
+        ValueError: if ``EQCVT_BACKEND`` names no backend.
     """
+    asked = _check.choice("EQCVT_BACKEND", current_backend(), BACKENDS)
     if devices is None:
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     rows = []
     for op in OPS:
         for device in devices:
             chosen = False
-            for backend in _candidates(device):
+            candidates = _candidates(device)
+            if asked not in ("auto", *candidates):
+                candidates = (asked, *candidates)
+            for backend in candidates:
                 reason = None if backend == "reference" else _unavailable(backend, device)
                 available = take = reason is None
-                if available and backend != "reference" and device == "cuda":
+                if asked not in ("auto", backend):
+                    reason, take = reason or f"{asked!r} is asked for", False
+                elif asked == "auto" and take and backend != "reference" and device == "cuda":
                     reason, take = _standing(op, backend)
                 rows.append(Choice(op, device, backend, available, take and not chosen, reason))
                 chosen = chosen or take
@@ -268,7 +278,7 @@ def choose(
     requested = current_backend() if backend is None else backend
     if requested == "reference" or _exporting():  # every op has one, on every device
         return "reference"
-    _check.choice("EQCVT_BACKEND", requested, BACKENDS)
+    _check.choice("EQCVT_BACKEND" if backend is None else "backend", requested, BACKENDS)
     if transforms := _transforms():
         if requested == "auto":
             return "reference"

@@ -169,9 +169,10 @@ def fit_image(images: Tensor, size: int, how: str = "crop") -> tuple[Tensor, str
         note = f"resized from {shape}: its pixel scale is not the training images'"
         return images if grey else to_unit(images), note
     if how == "refuse":
+        crop = "--fit crop, " if min(height, width) >= size else ""
         raise ValueError(
             f"the image is {shape} and the model takes {size}x{size}: "
-            f"use --fit crop, --fit pad or --fit resize"
+            f"use {crop}--fit pad or --fit resize"
         )
     if how == "crop" and min(height, width) < size:
         raise ValueError(

@@ -285,7 +285,11 @@ def _device(what: str, given: Any) -> str:
     index = given.removeprefix("cuda:") if isinstance(given, str) else ""
     if index.isdecimal() and given == f"cuda:{int(index)}":
         return str(given)
-    return choice(what, given, ("auto", "cpu", "cuda", "cuda:0"))
+    if given in ("auto", "cpu", "cuda"):
+        return str(given)
+    raise ValueError(
+        f"{what} must be one of 'auto', 'cpu', 'cuda', 'cuda:0', 'cuda:1', ..., got {given!r}"
+    )
 
 
 def _optional(check: Check) -> Check:

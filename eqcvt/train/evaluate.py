@@ -36,7 +36,7 @@ def evaluate(
         device: where to compute; the model is moved there.
         batch_size: images per forward pass.
         rotations: add the key ``rotation``; costs 16 forward passes and one for each
-            mirror of the group.
+            mirror that the group shares with the pixel grid.
 
     Returns:
         A JSON-able dictionary: what ``metrics.classification`` and ``rotation_robustness`` return.

@@ -26,6 +26,9 @@ def test_version_and_help() -> None:
     text = invoke("--help").output
     for command in ("simulate", "train", "evaluate", "predict", "export", "convert", "doctor"):
         assert command in text
+    text = " ".join(invoke("train", "--help").output.replace("│", " ").split())
+    for default in ("adam)", "runs/eqcvt)", "0)", "0.0)", "0.9 0.999)"):
+        assert f"(default: {default}" in text
 
 
 def test_module_runs_as_a_program() -> None:
@@ -189,6 +192,8 @@ def test_conversion_of_published_weights(tmp_path: Path) -> None:
         assert torch.equal(eqcvt.load_model(out)(x), model(x))
     assert "exists: give another path, or --overwrite" in invoke(*arguments, code=2).stderr
     invoke(*arguments, "--overwrite")
+    refused = invoke(*arguments, "--overwrite", "--kv-stride", 0, code=2).stderr
+    assert "kv_stride must be at least 1, got 0" in refused
 
 
 @pytest.mark.needs("escnn")
@@ -231,6 +236,10 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     text = invoke("doctor").output
     assert "reference" in text
     assert "native extension" in text
+    with eqcvt.use_backend("reference"):
+        text = invoke("doctor").output
+    assert "asked for" in text
+    assert "the first that can" not in text
 
 
 def test_models_are_listed_with_their_parameters() -> None:

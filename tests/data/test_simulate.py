@@ -290,7 +290,7 @@ def test_refusals(tmp_path, changes, error, message):
         (lambda: Camera(psf_pixels=10), ValueError, "must be odd, got 10; nearest: 9 or 11"),
         (lambda: Camera(psf_sigma=0.15), ValueError, r'0.75 arc.*11 pixels of 0.06"; nearest: 13$'),
         (lambda: Camera(pixel_scale=0.04), ValueError, r'got 11 pixels of 0.04"; nearest: 13$'),
-        (lambda: Camera(noise=1), TypeError, "camera.noise must be true or false, got 1"),
+        (lambda: Camera(noise=1), TypeError, "camera.noise must be True or False, got int 1"),
         (lambda: Camera(oversampling=2.0), TypeError, "must be an integer, got float"),
         (lambda: Light(index=float("nan")), ValueError, "light.index must be finite"),
         (lambda: Light(radius=True), TypeError, "light.radius must be a number, got bool"),

@@ -11,6 +11,7 @@ import torch
 
 import eqcvt
 from eqcvt import fast, ops
+from eqcvt.nn import set_backend
 from eqcvt.ops import _backend
 
 
@@ -102,9 +103,27 @@ def test_explain_names_one_choice_for_each_op_and_device() -> None:
             assert all(row.reason is None for row in mine if row.chosen)
 
 
+def test_explain_tells_of_the_backend_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with eqcvt.use_backend("reference"):
+        rows = ops.explain(("cpu", "cuda"))
+    assert {row.backend for row in rows if row.chosen} == {"reference"}
+    left = [row.reason for row in rows if row.available and not row.chosen]
+    assert set(left) <= {"'reference' is asked for"}
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with eqcvt.use_backend("triton"):
+        rows = ops.explain(("cpu",))
+    assert not any(row.chosen for row in rows)
+    assert [row.reason for row in rows if row.backend == "triton"] == ["it does not run on cpu"] * 4
+
+
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="got 'tritn'; did you mean 'triton'"):
         eqcvt.use_backend("tritn")
+    with pytest.raises(ValueError, match=r"backend must be .* got 'nativ'; did you mean 'native'"):
+        set_backend(fast.EqCvT(1, image_size=33), "nativ")
+    sizes = (1, 2, 1, 1), (2,), (2,), (2, 2), (2,), (2, 2), (2,)
+    with pytest.raises(ValueError, match=r"^backend must be one of .* got 'cuda'"):
+        ops.mlp_block(*map(torch.ones, sizes), backend="cuda")
 
 
 def test_an_unknown_backend_in_the_environment_is_named() -> None:
