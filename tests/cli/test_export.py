@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import eqcvt
-from eqcvt.data import generate, resolve, to_unit
-from eqcvt.export import _rings, export
+from eqcvt.export import export
 
 MODELS = ("eqcvt_c4", "eqcvt_d4_exact", "cvt")
 
@@ -89,7 +88,7 @@ def test_a_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return program
 
     monkeypatch.setattr(torch.export, "load", changed)
-    with pytest.raises(RuntimeError, match=r"gives logits .* away from the model's"):
+    with pytest.raises(RuntimeError, match=r"gives logits .* from the model's, allowed 0.0005 \("):
         export(model, path)
     assert path.read_text() == "the old file"
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt2"]
@@ -116,24 +115,6 @@ def test_logits_that_are_not_finite_are_refused(
     with pytest.raises(RuntimeError, match=f"the {whose} gives logits that are not finite"):
         export(model, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def lenses() -> torch.Tensor:
-    return to_unit(generate(resolve("deeplense", size=129), range(64), seed=5).images)
-
-
-@pytest.mark.needs("caustics")
-@pytest.mark.parametrize("name", eqcvt.list_pretrained())
-def test_the_check_reads_logits_of_the_size_that_lenses_have(
-    name: str, lenses: torch.Tensor
-) -> None:
-    model = eqcvt.load_pretrained(name)
-    images = _rings(8, *lenses.shape[1:3], torch.Generator().manual_seed(0))
-    assert 0 <= images.min() < images.max() <= 1
-    with torch.no_grad():  # of noise they are 9 to 22 times as large as of lenses
-        of_rings, of_lenses = (model(x).abs().max() for x in (images, lenses))
-    assert of_lenses / 2 < of_rings < 2 * of_lenses
 
 
 def test_onnx_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
