@@ -144,6 +144,12 @@ def test_what_the_shipped_models_reach_is_on_their_cards() -> None:
             f"{shipped[name]['std_22']:.2f}",
             f"{card['test']['residual_group']:.1e}",
         ]
+    turned = {
+        card: found["models"][name]["rotation"]["std_group"]
+        for name, card in found["checkpoints"].items()
+    }
+    cvt, eqcvt = (f"{turned[f'{name}-deeplense']:.2f}" for name in ("cvt", "eqcvt"))
+    assert f"{cvt} over quarter turns, twice EqCvT's {eqcvt}" in " ".join(README.split())
 
 
 def test_what_few_images_teach_is_the_recorded_table() -> None:
