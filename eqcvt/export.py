@@ -46,7 +46,7 @@ class Exported:
     scale: float
 
 
-def export(model: VisionModel, path: str | Path, *, tolerance: float = 5e-4) -> Exported:
+def export(model: VisionModel, path: str | Path, *, tolerance: float = 1e-4) -> Exported:
     """Write ``model`` in eval mode with a free batch size, and check what was written.
 
     The file takes float32 images ``[B, C, H, W]`` in [0, 1] and gives logits ``[B, K]``. The plain

@@ -29,7 +29,7 @@ def export(
     last: LastOption = False,
     tolerance: Annotated[
         float, typer.Option(help="Largest difference of a logit that is allowed.")
-    ] = 5e-4,
+    ] = 1e-4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Write a model for torch.export (.pt2) or ONNX (.onnx), checked against the model."""
