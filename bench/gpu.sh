@@ -7,7 +7,6 @@
 #
 # The part launches compares launches of one kernel and ships the fastest before all else:
 #
-#   PARTS="launches bench" bench/gpu.sh    # of attention's gradients in one pass
 #   PARTS="launches bench" LAUNCHES="lift_blur 16 any ROWS=4,8,16" bench/gpu.sh
 set -u
 cd "$(dirname "$0")/.." || exit 2
@@ -15,8 +14,6 @@ cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-bench/results/session}
 PYTHON=${PYTHON:-.venv/bin/python}
 WORKERS=${WORKERS:-8}
-ONE_PASS="conv_attention_attend_bwd 16 D32 HELD=8,4 num_stages=2,3 --images 128 --images 16"
-LAUNCHES=${LAUNCHES:-$ONE_PASS --call model --call \"one filter, odd\"}
 # A CUDA error ends its process for good, so every group has one of its own; the dearest come last.
 bench_groups() {
   local code=0 group file words
@@ -30,7 +27,7 @@ bench_groups() {
 export -f bench_groups
 declare -A limits=([launches]=130 [build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
 declare -A commands=(
-  [launches]="$PYTHON -m bench.launch_times $LAUNCHES --jobs $WORKERS --ship --out \"\$OUT/launches.json\""
+  [launches]="$PYTHON -m bench.launch_times ${LAUNCHES:-} --jobs $WORKERS --ship --out \"\$OUT/launches.json\""
   [build]="EQCVT_NATIVE=1 EQCVT_CUDA=1 $PYTHON setup.py build_ext --inplace"
   [test]="EQCVT_REQUIRE=cuda $PYTHON -m pytest -p no:benchmark -m gpu -n $WORKERS --dist worksteal tests"
   [check]="$PYTHON -m eqcvt tune --check-only --jobs $WORKERS --out \"\$OUT/tuned.json\""
@@ -46,6 +43,10 @@ for part in $parts; do
     exit 2
   fi
 done
+if [[ " $parts " == *" launches "* ]] && [ -z "${LAUNCHES:-}" ]; then
+  echo "the part launches wants LAUNCHES, such as \"lift_blur 16 any ROWS=4,8,16\"" >&2
+  exit 2
+fi
 for limit in ${LIMITS:-}; do
   if [ -z "${limits[${limit%%=*}]:-}" ] || ! [[ ${limit#*=} =~ ^[0-9]+$ ]]; then
     echo "LIMITS must be a list such as \"test=300 check=120\" in seconds, got $limit" >&2

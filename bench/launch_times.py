@@ -6,7 +6,7 @@ if it is right. The launch in force comes first and once more last, which shows 
 drift; what is shipped is faster than both. ``eqcvt tune`` finds launches by itself; this answers
 one question in a minute::
 
-    python -m bench.launch_times conv_attention_attend_bwd 16 D32 HELD=8,4 num_stages=2,3 \\
+    python -m bench.launch_times conv_attention_attend_bwd_keys 16 D32 STEP=32 REGISTERS=96,80 \\
         --images 128 --images 16 --ship
 """
 
@@ -143,7 +143,7 @@ def _field(text: str) -> tuple[str, list[int]]:
         return name, [int(value) for value in values.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"a field is given as HELD=0,8,4 with whole numbers, got {text!r}"
+            f"a field is given as ROWS=4,8,16 with whole numbers, got {text!r}"
         ) from None
 
 

@@ -9,9 +9,10 @@ dropout, ``do_h = t (W^o_h)^T`` and ``delta_h = sum(do_h * o_h)``:
 
 One kernel keeps queries and walks over keys (``dq``); it hands ``q``, ``do`` and ``delta`` on to
 one that keeps keys and walks over the queries of all heads (``db``, ``dc``). Each score's
-exponential is computed in both. Where :mod:`conv_attention_one_pass` is launched instead, the first
-stops before its walk. A third kernel is the products with the weights (``da`` and the weights' own
-gradients): inside the first they would cost half of its programs' registers.
+exponential is computed in both: one kernel that kept eight, six or four tiles of keys and added up
+``dq`` in memory took 1.6 ms or more on an H100 where these two take 1.45, for it leaves a scheduler
+two warps. A third kernel is the products with the weights (``da`` and the weights' own gradients):
+inside the first they would cost half of its programs' registers.
 
 Source: Dao et al., arXiv:2205.14135, appendix B.
 """
@@ -23,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv_attention_one_pass as one_pass
 from . import dropout as dropout_mask
 from . import launches
 from .common import add_product, cdiv, padded, power_of_2, precision
@@ -36,7 +36,6 @@ from .conv_attention_attend import (
     largest_norm,
     latent_queries,
     load_keys,
-    registers,
     step,
 )
 from .conv_attention_key_gradients import key_gradients
@@ -170,7 +169,6 @@ def _conv_attention_attend_bwd_queries_kernel(
     SHARED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MAY_BOUND: tl.constexpr,
-    TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write ``dq``, and what the next kernels need: ``t``; ``q``, ``do``, ``lse2`` and ``delta``.
@@ -204,10 +202,6 @@ def _conv_attention_attend_bwd_queries_kernel(
     dtype = q_ptr.dtype.element_ty
     k_ptr += i_b * M * D
     v_ptr += i_b * M * D
-    FACTORS: tl.constexpr = 2 if TOGETHER else 1
-    handed = offsets
-    if TOGETHER:
-        handed = offsets + (o_n // TOGETHER * TOGETHER * D)[:, None]
 
     scale = tl.load(scale_ptr + o_d, mask=m_d, other=0.0)
     shift = tl.load(shift_ptr + o_d, mask=m_d, other=0.0)
@@ -234,7 +228,7 @@ def _conv_attention_attend_bwd_queries_kernel(
             # Memory answers while the products are made; wide tiles have no registers for that.
             o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
         q = latent_queries(a, wq_ptr, bq_ptr, h, D, BLOCK_D, PRECISION)
-        tl.store(q_ptr + rows * FACTORS * D + handed, q, mask=m_d[None, :])
+        tl.store(q_ptr + rows * D + offsets, q, mask=m_d[None, :])
         # Rows beyond the last: exp2(-inf) is 0 whatever their scores.
         lse = tl.load(lse_ptr + (i_b * HEADS + h) * N + o_n, mask=m_n, other=float("inf"))
         lse2 = lse * LOG2E
@@ -250,23 +244,22 @@ def _conv_attention_attend_bwd_queries_kernel(
             tl.store(lse2_ptr + rows + o_n, lse2)
         do = wide_do.to(dtype)
         if not EXACT:
-            tl.store(do_ptr + rows * FACTORS * D + handed, do, mask=m_d[None, :])
+            tl.store(do_ptr + rows * D + offsets, do, mask=m_d[None, :])
         delta = tl.zeros([BLOCK_N], tl.float32)
         if WHOLE:
             if BLOCK_D > 64:
                 o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        if TOGETHER == 0:
-            if small:
-                dq, delta, total = _query_gradients(
-                    q, do, lse2, delta, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M,
-                    WHOLE, SHARED, EXACT, True, PRECISION,
-                )  # fmt: skip
-            else:
-                dq, delta, total = _query_gradients(
-                    q, do, lse2, delta, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M,
-                    WHOLE, SHARED, EXACT, False, PRECISION,
-                )  # fmt: skip
+        if small:
+            dq, delta, total = _query_gradients(
+                q, do, lse2, delta, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M,
+                WHOLE, SHARED, EXACT, True, PRECISION,
+            )  # fmt: skip
+        else:
+            dq, delta, total = _query_gradients(
+                q, do, lse2, delta, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M,
+                WHOLE, SHARED, EXACT, False, PRECISION,
+            )  # fmt: skip
         if EXACT:
             share = 1.0 / tl.where(total > 0, total, 1.0)
             if WHOLE:
@@ -274,8 +267,7 @@ def _conv_attention_attend_bwd_queries_kernel(
             delta *= share
             tl.store(do_ptr + rows * D + offsets, do * share[:, None], mask=m_d[None, :])
         tl.store(delta_ptr + rows + o_n, delta * LN2)
-        if TOGETHER == 0:
-            tl.store(dq_ptr + i_b * N * HEADS * D + head_offsets, dq.to(dtype), mask=mask)
+        tl.store(dq_ptr + i_b * N * HEADS * D + head_offsets, dq.to(dtype), mask=mask)
 
 
 def attend_backward(
@@ -319,24 +311,17 @@ def attend_backward(
     v = k if c is None else normalised_keys(c, scale[2], shift[2])[0]
     shape = launches.width_class(width)
     own = launches.find("conv_attention_attend_bwd_queries", a, shape)
-    held = one_pass.launch(a, c, keys, heads)
-    if held:
-        tile = max(own["BLOCK_N"], one_pass.TILE)
-        rows = cdiv(queries, tile) * tile
-        both = a.new_empty(batch, heads, rows // one_pass.TILE, 2, one_pass.TILE, width)
-        q, do = both[:, :, :, 0], both[:, :, :, 1]
-    else:
-        following = launches.find("conv_attention_attend_bwd_keys", a, shape)
-        tile = max(own["BLOCK_N"], following["BLOCK_N"])
-        rows = cdiv(queries, tile) * tile
-        q, do = a.new_empty(2, batch, heads, rows, width)
+    following = launches.find("conv_attention_attend_bwd_keys", a, shape)
+    tile = max(own["BLOCK_N"], following["BLOCK_N"])
+    rows = cdiv(queries, tile) * tile
+    q, do = a.new_empty(2, batch, heads, rows, width)
     lse2, delta = lse.new_empty(2, batch, heads, rows)
     dq = torch.empty_like(o)
     t = torch.empty_like(dy) if dropout > 0 else dy
     programs = batch * rows // own["BLOCK_N"]
     bound, loose = scale.new_empty(2, programs, heads)
     # A tile that is alone divides its probabilities itself.
-    whole = keys >= (one_pass.TILE if held else own["BLOCK_M"])
+    whole = keys >= own["BLOCK_M"]
     may = coarse(a.dtype) and whole and width <= 64
     _conv_attention_attend_bwd_queries_kernel[(programs,)](
         dy,
@@ -374,18 +359,13 @@ def attend_backward(
         BLOCK_REACHES=power_of_2(reach.shape[1]),
         HAS_DROPOUT=dropout > 0,
         MAY_BOUND=may,
-        TOGETHER=one_pass.TILE if held else 0,
-        maxnreg=registers(width, a.dtype),
         PRECISION=precision(),
+        maxnreg=own.pop("REGISTERS") or None,
         **own,
     )
     dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
     loose = loose.view(batch, -1) if may else None
-    if held:
-        db = one_pass.gradients(b, k, scale, both, lse2, delta, loose, dq, dscale, dshift, held)
-        dc = b.new_empty(0)
-    else:
-        db, dc = key_gradients(b, c, k, v, scale, q, do, lse2, delta, loose, dscale, dshift)
+    db, dc = key_gradients(b, c, k, v, scale, q, do, lse2, delta, loose, dscale, dshift)
     da, dwq, dbq, dwo, dbo = weight_gradients(
         t, a, scale, shift, wq, bo, o, dq, dscale[0], dshift[0]
     )

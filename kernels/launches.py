@@ -32,6 +32,7 @@ TILE = (16, 32, 64, 128)
 WARPS = {"num_warps": (1, 2, 4, 8)}
 STAGES = {"num_stages": (1, 2, 3, 4)}
 RESIDENT = {"RESIDENT": (1, 2, 3, 4)}
+LIMIT = {"REGISTERS": (0, 72, 80, 96, 128)}
 LANES = {"BLOCK_T": (1, 2, 4, 8, 16, 32, 64), "ROWS": (4, 8, 16, 32, 64)}
 # By the power of two that channels are padded to, of taps in a block, of columns to be summed.
 WIDTHS = ("D32", "D64", "D128")
@@ -44,11 +45,10 @@ class Kernel(NamedTuple):
 
     BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor, HALVES
     whether TF32 products are made of bfloat16 ones, PRODUCTS of how many bfloat16 exponentials one
-    is made by multiplications (0: none), REGISTERS how many a thread may have (0: as many as the
-    assembler likes), HELD how many tiles of keys a program holds to make all of attention's
-    gradients in one pass (0: two kernels make two); the rest are Triton's options. ``rows`` is the
-    field that counts the rows of a matrix product whose result is a factor of the next: there
-    Triton stacks all warps.
+    is made by multiplications (0: none), STEP how many of the rows fetched together are multiplied
+    at a time, REGISTERS how many a thread may have (0: as many as the assembler likes); the rest
+    are Triton's options. ``rows`` is the field that counts the rows of a matrix product whose
+    result is a factor of the next: there Triton stacks all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
@@ -99,22 +99,18 @@ KERNELS = {
     ),
     "conv_attention_keys": Kernel({"BLOCK_M": (32, 64, 128), **WARPS}, WIDTHS),
     "conv_attention_attend_fwd": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_M": TILE, "PRODUCTS": (0, 2, 4), **WARPS, **STAGES},
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, "PRODUCTS": (0, 2, 4), **LIMIT, **WARPS, **STAGES},
         WIDTHS,
         rows="BLOCK_N",
     ),
     "conv_attention_attend_bwd_queries": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_M": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, **LIMIT, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "conv_attention_attend_bwd_keys": Kernel(
-        {"BLOCK_M": TILE, "BLOCK_N": TILE, "REGISTERS": (0, 128), **WARPS, **STAGES},
+        {"BLOCK_M": TILE, "BLOCK_N": TILE, "STEP": (32, 64), **LIMIT, **WARPS, **STAGES},
         WIDTHS,
         rows="BLOCK_M",
     ),
-    "conv_attention_attend_bwd": Kernel(
-        {"HELD": (0, 8, 4), "num_warps": (4,), "num_stages": (2, 3)}, ("D32",), (16,)
-    ),
-    "conv_attention_attend_bwd_finish": Kernel({"BLOCK_M": (8, 16, 32, 64), **WARPS}, bits=(16,)),
     "conv_attention_weights_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS
     ),

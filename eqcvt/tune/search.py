@@ -21,9 +21,8 @@ ROUNDS = 15
 # Kernels whose time an entry decides, where it is not the kernel of its own name alone.
 DECIDES = {
     "lift_plan": ("lift_conv", "lift_sums", "lift_finish"),
-    "conv_attention_attend_bwd": tuple(
-        f"conv_attention_attend_bwd{part}" for part in ("_queries", "_keys", "", "_finish")
-    ),
+    # More taps in a block leave fewer blocks to a kernel of their own.
+    "token_embed_bwd": ("token_embed_bwd", "token_embed_bwd_filters"),
 }
 
 

@@ -85,7 +85,6 @@ if importlib.util.find_spec("triton"):
     for _op in (
         "conv_attention",
         "conv_attention_fold",
-        "conv_attention_one_pass",
         "lift",
         "lift_compiled",
         "mlp_block",

@@ -119,15 +119,15 @@ def test_the_search_finds_the_fastest_launch() -> None:
 
 
 def test_a_field_that_can_be_off_is_tried_at_all_its_values() -> None:
-    key = "sm90 conv_attention_attend_bwd 16 D32"
+    kernel = "conv_attention_attend_bwd_queries"
 
     def time() -> float:
-        return {0: 2.0, 8: 3.0, 4: 1.0}[
-            launches.nearest("conv_attention_attend_bwd", 16, "D32", 90)["HELD"]
-        ]
+        times = {0: 2.0, 72: 4.0, 80: 3.0, 96: 1.0, 128: 3.0}
+        return times[launches.nearest(kernel, 16, "D32", 90)["REGISTERS"]]
 
-    off = {"HELD": 0, "num_warps": 4, "num_stages": 2}
-    assert search.descend(key, off, time, lambda: None, refused={}).launch["HELD"] == 4
+    off = launches.nearest(kernel, 16, "D32", 90) | {"REGISTERS": 0}
+    found = search.descend(f"sm90 {kernel} 16 D32", off, time, lambda: None, refused={})
+    assert found.launch == off | {"REGISTERS": 96}
 
 
 def test_the_search_drops_what_is_wrong_or_does_not_run() -> None:
@@ -343,19 +343,19 @@ def test_tuning_writes_launches_with_their_proof_and_goes_on_where_it_was(tmp_pa
 def test_kernels_that_a_launch_does_without_are_not_tuned_and_new_ones_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = "conv_attention_attend_bwd"
-    pair, one = (f"{whole}_keys 16 D32", f"{whole}_finish 16 any")
+    whole = "token_embed_bwd"
+    without, apart = "sum_rows 32 few", f"{whole}_filters 16 D32"
 
-    def held() -> int:
-        return launches.nearest(whole, 16, "D32", 90)["HELD"]
+    def blocks() -> bool:
+        return launches.nearest(whole, 16, "D32", 90)["BLOCK_K"] < 128
 
     def used(_: object) -> list[str]:
-        return [f"{whole} 16 D32", one if held() else pair]
+        return [f"{whole} 16 D32", apart if blocks() else without]
 
     def clock(_: object, kernels: tuple[str, ...]) -> float:
-        if held() and kernels == (f"{whole}_keys",):
+        if blocks() and kernels == ("sum_rows",):
             raise RuntimeError("the call launches none of these")
-        return (2.0 - (held() > 0)) if whole in kernels else 1.0
+        return (2.0 - blocks()) if whole in kernels else 1.0
 
     class Right:
         def __init__(self, *_: object) -> None:
@@ -368,9 +368,9 @@ def test_kernels_that_a_launch_does_without_are_not_tuned_and_new_ones_are(
     monkeypatch.setattr(tune, "Judge", Right)
     monkeypatch.setattr(cases, "step", lambda *_: None)
     monkeypatch.setattr(tune, "_TIMED", {torch.float16: ("float16",)})
-    record = _tune(tmp_path / "tuned.json", clock, ops=["conv_attention"], device="cpu")
-    assert record.content["times"].keys() == {f"sm90 {whole} 16 D32", f"sm90 {one}"}
-    assert record.checked("triton", "conv_attention", "float16")
+    record = _tune(tmp_path / "tuned.json", clock, ops=["token_embed"], device="cpu")
+    assert record.content["times"].keys() == {f"sm90 {whole} 16 D32", f"sm90 {apart}"}
+    assert record.checked("triton", "token_embed", "float16")
 
 
 @triton
@@ -464,13 +464,13 @@ def test_what_is_no_faster_than_the_launch_in_force_is_not_shipped() -> None:
     def rows(*times: tuple[float, float] | None) -> list[launch_times.Row]:
         timed = [{} if t is None else {128: t[0], 16: t[1]} for t in times]
         return [
-            launch_times.Row({"HELD": i}, None if t else "wrong", t) for i, t in enumerate(timed)
+            launch_times.Row({"ROWS": i}, None if t else "wrong", t) for i, t in enumerate(timed)
         ]
 
-    assert launch_times.fastest(rows((2.0, 1.0), (1.5, 1.0), (1.4, 0.9), (1.9, 1.1))) == {"HELD": 2}
+    assert launch_times.fastest(rows((2.0, 1.0), (1.5, 1.0), (1.4, 0.9), (1.9, 1.1))) == {"ROWS": 2}
     for other in (None, (1.99, 0.5), (1.0, 1.01)):  # wrong, noise, slower at 16 images
         assert launch_times.fastest(rows((2.0, 1.0), other, (2.1, 1.0))) is None
-    assert launch_times.fastest(rows(None, (3.0, 3.0), None)) == {"HELD": 1}
+    assert launch_times.fastest(rows(None, (3.0, 3.0), None)) == {"ROWS": 1}
 
 
 def test_comparing_launches_needs_a_gpu() -> None:
