@@ -463,7 +463,6 @@ def attend(
         SAVE=save,
         MAY_BOUND=may_bound(a.dtype),
         PRECISION=precision(),
-        maxnreg=launch.pop("REGISTERS") or None,
         **launch,
     )
     return y, o, lse

@@ -360,7 +360,6 @@ def attend_backward(
         HAS_DROPOUT=dropout > 0,
         MAY_BOUND=may,
         PRECISION=precision(),
-        maxnreg=own.pop("REGISTERS") or None,
         **own,
     )
     dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)

@@ -282,7 +282,6 @@ def key_gradients(
         SHARED=c is None,
         MAY_BOUND=loose is not None,
         PRECISION=precision(),
-        maxnreg=launch.pop("REGISTERS") or None,
         **launch,
     )
     sum_rows(parts, [t[i] for i in range(1, scale.shape[0]) for t in (dscale, dshift)])

@@ -32,7 +32,7 @@ TILE = (16, 32, 64, 128)
 WARPS = {"num_warps": (1, 2, 4, 8)}
 STAGES = {"num_stages": (1, 2, 3, 4)}
 RESIDENT = {"RESIDENT": (1, 2, 3, 4)}
-LIMIT = {"REGISTERS": (0, 72, 80, 96, 128)}
+LIMIT = {"REGISTERS": (0, 64, 72, 80, 96, 128, 168)}
 LANES = {"BLOCK_T": (1, 2, 4, 8, 16, 32, 64), "ROWS": (4, 8, 16, 32, 64)}
 # By the power of two that channels are padded to, of taps in a block, of columns to be summed.
 WIDTHS = ("D32", "D64", "D128")
@@ -84,13 +84,15 @@ KERNELS = {
         f"lift_{name}": Kernel({"BLOCK": (32, 64, 128, 256, 512, 1024), **WARPS}, bits=(32,))
         for name in ("norm", "norm_bwd", "scale_bwd", "moments_bwd")
     },
-    "lift_blur": Kernel({"BLOCK": (32, 64, 128, 256), "ROWS": (4, 8, 16), **WARPS}),
-    "lift_unblur": Kernel({"BLOCK": (32, 64, 128, 256), "ROWS": (16, 32, 48, 64, 128), **WARPS}),
-    "conv_attention_project_fwd": Kernel({**LANES, **WARPS}, WIDTHS),
+    "lift_blur": Kernel({"BLOCK": (32, 64, 128, 256), "ROWS": (4, 8, 16), **LIMIT, **WARPS}),
+    "lift_unblur": Kernel(
+        {"BLOCK": (32, 64, 128, 256), "ROWS": (16, 32, 48, 64, 128), **LIMIT, **WARPS}
+    ),
+    "conv_attention_project_fwd": Kernel({**LANES, **LIMIT, **WARPS}, WIDTHS),
     "conv_attention_moments": Kernel(
         {"BLOCK_ROWS": (64, 128, 256, 512), "BLOCK_C": (4, 8, 16), **WARPS}, bits=(32,)
     ),
-    "conv_attention_project_bwd": Kernel({**LANES, **WARPS}, WIDTHS),
+    "conv_attention_project_bwd": Kernel({**LANES, **LIMIT, **WARPS}, WIDTHS),
     "conv_attention_fold": Kernel(
         {"BLOCK_E": (16, 32, 64), "BLOCK_D": (16, 32, 64), **WARPS}, bits=(32,)
     ),
@@ -112,19 +114,25 @@ KERNELS = {
         rows="BLOCK_M",
     ),
     "conv_attention_weights_bwd": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **WARPS, **STAGES, **RESIDENT}, WIDTHS
+        {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **LIMIT, **WARPS, **STAGES, **RESIDENT}, WIDTHS
     ),
     "mlp_block_fwd": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS, rows="BLOCK_N"
+        {"BLOCK_N": TILE, "BLOCK_E": TILE, **LIMIT, **WARPS, **STAGES, **RESIDENT},
+        WIDTHS,
+        rows="BLOCK_N",
     ),
     "mlp_block_bwd": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES, **RESIDENT}, WIDTHS, rows="BLOCK_N"
+        {"BLOCK_N": TILE, "BLOCK_E": TILE, **LIMIT, **WARPS, **STAGES, **RESIDENT},
+        WIDTHS,
+        rows="BLOCK_N",
     ),
     "mlp_block_bwd_tokens": Kernel(
         {"BLOCK_N": TILE, "BLOCK_E": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
     ),
     "token_embed_fwd": Kernel(
-        {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_P"
+        {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **LIMIT, **WARPS, **STAGES},
+        WIDTHS,
+        rows="BLOCK_P",
     ),
     "token_embed_bwd": Kernel(
         {"BLOCK_P": (*TILE, 256), "BLOCK_K": TILE, **WARPS, **STAGES, **RESIDENT},
@@ -148,7 +156,10 @@ _installed: dict[str, Launch] = {}
 def find(kernel: str, x: Tensor, shape: str = "any") -> Launch:
     """Return a copy of how ``kernel`` is launched on the device and for the dtype of ``x``."""
     capability = INTERPRETER if x.device.type == "cpu" else properties(x.device).capability
-    return dict(nearest(kernel, 8 * x.dtype.itemsize, shape, capability))
+    launch = dict(nearest(kernel, 8 * x.dtype.itemsize, shape, capability))
+    if registers := launch.pop("REGISTERS", 0):
+        launch["maxnreg"] = registers  # Triton's name; it takes no 0
+    return launch
 
 
 class Properties(NamedTuple):
