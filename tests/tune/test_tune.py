@@ -71,7 +71,7 @@ def test_a_device_takes_the_highest_class_up_to_its_own() -> None:
         (KEY, {"BLOCK_M": 32}, "a field must be one of .*got 'BLOCK_M'; did you mean 'BLOCK_N'"),
         (KEY, {"num_warps": 3}, "num_warps must be one of 1, 2, 4, 8, got 3"),
         (KEY, {"num_warps": True}, "num_warps must be one of 1, 2, 4, 8, got True"),
-        (KEY, None, "needs the fields BLOCK_N, BLOCK_E, REGISTERS, num_warps, num_stages, RESIDENT, got None"),
+        (KEY, None, "needs the fields BLOCK_N, BLOCK_E, REGISTERS, num_warps, .*, got None"),
     ],
 )
 def test_what_is_no_launch_is_refused(key: str, change: Any, message: str) -> None:
