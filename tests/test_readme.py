@@ -73,7 +73,13 @@ def test_the_goals_on_a_gpu_are_judged_from_the_recorded_rows() -> None:
     columns = ("what", "held against", "ours", "reached", "required")
     goals = [goal for goal in must.table(recorded) if goal["verdict"] != "missing"]
     assert _table("| one H100 |") == [[goal[column] for column in columns] for goal in goals]
-    assert {row["commit"] for row in recorded} == {"1dfcd31+changes"}
+    commits = {(row["op"] == "lift", row["commit"]) for row in recorded}
+    assert commits == {(True, "84d43cd+changes"), (False, "1dfcd31+changes")}
+    later = json.loads(GPU.with_name(f"{GPU.stem}-84d43cd.json").read_text())
+    step = later["cases"]["EqCvT, training"]
+    attention = sum(ms for name, (_, ms) in step["kernels"].items() if "_attend_" in name)
+    assert f"took {step['graph_ms']:.2f} ms as a graph" in README
+    assert f"{attention:.1f} of them in attention" in README
     times = {
         (row["case"], row["implementation"]): float(row["median_ms"])
         for row in recorded
