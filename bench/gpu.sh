@@ -1,33 +1,44 @@
 #!/usr/bin/env bash
 # One session on a machine with a GPU: builds, tests, checks, tunes, times and sanitizes, each part
 # with a time limit and its log under OUT, whatever became of the part before. A page at the end
-# says what came of each. In ten minutes fit: build, test, check; tune, sanitize; bench.
+# says what came of each. In ten minutes fit: build, test, check; tune, sanitize; launches, bench.
 #
 #   OUT=folder PARTS="build test check" LIMITS="test=300 check=120" PYTHON=python3 bench/gpu.sh
 #
-# The part launches compares launches of one kernel and ships the fastest before all else:
-#
-#   PARTS="launches bench" LAUNCHES="lift_blur 16 any ROWS=4,8,16" bench/gpu.sh
+# The part launches compares launches and ships the fastest before all else, those of
+# bench/questions.txt or others: LAUNCHES="'lift_blur 16 any ROWS=4,8,16' --images 16".
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
 OUT=${OUT:-bench/results/session}
 PYTHON=${PYTHON:-.venv/bin/python}
 WORKERS=${WORKERS:-8}
+LAUNCHES=${LAUNCHES:-@bench/questions.txt --images 128 --images 16}
 # A CUDA error ends its process for good, so every group has one of its own; the dearest come last.
+bench_group() { # folder, seconds, file, expression
+  timeout "$2" "$PYTHON" -m pytest "bench/test_bench_$3.py" -k "not triton-compile${4:+ and $4}" -v \
+    --device cuda --must --results "$1"
+}
 bench_groups() {
-  local code=0 group file words
+  local code=0 group file words warm
+  # What is compiled is kept on disk. All is compiled at once first, but for what times it meanwhile.
+  warm=$(mktemp -d)
+  for group in conv_attention "model EqCvT and training" "model EqCvT and inference" mlp_block \
+    lift "model stage"; do
+    file=${group%% *} words=${group#"$file"}
+    bench_group "$warm" $((LIMIT / 3)) "$file" "not step${words:+ and $words}" &>/dev/null &
+  done
+  wait
   for group in conv_attention "model EqCvT and not step" mlp_block lift "model stage" "model step"; do
-    file=${group%% *} words=${group#"${group%% *}"}
-    "$PYTHON" -m pytest "bench/test_bench_$file.py" -k "not triton-compile${words:+ and $words}" -v \
-      --device cuda --must --minutes $(((LIMIT - 60 - SECONDS) / 60)) --results "$OUT" || code=1
+    file=${group%% *} words=${group#"$file"}
+    bench_group "$OUT" $((LIMIT > SECONDS + 9 ? LIMIT - SECONDS - 8 : 1)) "$file" "$words" || code=1
   done
   return $code
 }
-export -f bench_groups
-declare -A limits=([launches]=130 [build]=150 [test]=270 [check]=160 [tune]=240 [bench]=560 [sanitize]=140)
+export -f bench_group bench_groups
+declare -A limits=([launches]=200 [build]=150 [test]=270 [check]=160 [tune]=240 [bench]=390 [sanitize]=140)
 declare -A commands=(
-  [launches]="$PYTHON -m bench.launch_times ${LAUNCHES:-} --jobs $WORKERS --ship --out \"\$OUT/launches.json\""
+  [launches]="$PYTHON -m bench.launch_times $LAUNCHES --jobs $WORKERS --ship --out \"\$OUT/launches.json\""
   [build]="EQCVT_NATIVE=1 EQCVT_CUDA=1 $PYTHON setup.py build_ext --inplace"
   [test]="EQCVT_REQUIRE=cuda $PYTHON -m pytest -p no:benchmark -m gpu -n $WORKERS --dist worksteal tests"
   [check]="$PYTHON -m eqcvt tune --check-only --jobs $WORKERS --out \"\$OUT/tuned.json\""
@@ -43,10 +54,6 @@ for part in $parts; do
     exit 2
   fi
 done
-if [[ " $parts " == *" launches "* ]] && [ -z "${LAUNCHES:-}" ]; then
-  echo "the part launches wants LAUNCHES, such as \"lift_blur 16 any ROWS=4,8,16\"" >&2
-  exit 2
-fi
 for limit in ${LIMITS:-}; do
   if [ -z "${limits[${limit%%=*}]:-}" ] || ! [[ ${limit#*=} =~ ^[0-9]+$ ]]; then
     echo "LIMITS must be a list such as \"test=300 check=120\" in seconds, got $limit" >&2

@@ -1,13 +1,14 @@
-"""Launches of one kernel side by side on a GPU: which are right, and how long each takes.
+"""Launches side by side on a GPU: which are right, and how long each takes.
 
-Every combination of the values given, with all other fields as in ``kernels/launches.json``, is
-checked as ``eqcvt tune`` checks, in processes of their own, and timed in the model's training step
-if it is right. The launch in force comes first and once more last, which shows how much times
-drift; what is shipped is faster than both. ``eqcvt tune`` finds launches by itself; this answers
-one question in a minute::
+A question names a kernel, bits and class of shape, as ``kernels/launches.json`` does, and values of
+fields. Every combination of these, with all other fields as in the table, is checked as ``eqcvt
+tune`` checks and called once as the model's training step does, each question in a process of its
+own; then those that are right are timed in that step, one after another. The launch in force comes
+first and once more last, which shows how much times drift; what is shipped is faster than both.
+``eqcvt tune`` finds launches by itself; this answers a dozen questions in minutes::
 
-    python -m bench.launch_times conv_attention_attend_bwd_keys 16 D32 STEP=32 REGISTERS=96,80 \\
-        --images 128 --images 16 --ship
+    python -m bench.launch_times "lift_blur 16 any ROWS=4,8,16" --images 128 --images 16
+    python -m bench.launch_times @bench/questions.txt --ship
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,11 +31,29 @@ from eqcvt.kernels import launches
 from eqcvt.kernels.launches import Launch
 from eqcvt.ops import use_backend
 from eqcvt.tune import _TIMED, cases
-from eqcvt.tune.check import Unchecked, apart, tf32
+from eqcvt.tune.check import Judge, first_line, tf32
 from eqcvt.tune.search import GAIN, CudaTimer, Timer, decided, entries_used
 
 # What is timed and what is checked, by bits, as ``eqcvt tune`` does.
 BITS = {8 * dtype.itemsize: (dtype, precisions) for dtype, precisions in _TIMED.items()}
+
+
+class Question(NamedTuple):
+    """The launches of one entry to be compared, the one in force first."""
+
+    op: str
+    key: str
+    tried: list[Launch]
+
+    @property
+    def entry(self) -> str:
+        """The key without its device class."""
+        return self.key.partition(" ")[2]
+
+    @property
+    def bits(self) -> int:
+        """Those of the dtype."""
+        return int(self.entry.split(" ")[1])
 
 
 class Row(NamedTuple):
@@ -43,15 +64,42 @@ class Row(NamedTuple):
     ms: dict[int, float]
 
 
-def candidates(key: str, values: Mapping[str, Sequence[int]], capability: int) -> list[Launch]:
+def question(text: str, capability: int) -> Question:
+    """Read a question.
+
+    Raises:
+        ValueError: if it is none, or names a kernel, field or value that there is not.
+    """
+    words = text.split()
+    fields: dict[str, list[int]] = {}
+    try:
+        kernel, bits, shape, *rest = words
+        for word in rest:
+            name, values = word.split("=")
+            fields[name] = [int(value) for value in values.split(",")]
+        if int(bits) not in BITS or not fields:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f'a question is one such as "lift_blur 16 any ROWS=4,8,16", got {text!r}'
+        ) from None
+    op = next((op for op in cases.TIMED if kernel.startswith(op)), None)
+    key = f"sm{capability} {kernel} {bits} {shape}"
+    try:
+        now = launches.nearest(kernel, int(bits), shape, capability)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+    if op is None:
+        raise ValueError(f"{kernel} is named after no op of {', '.join(cases.TIMED)}")
+    return Question(op, key, candidates(key, now, fields))
+
+
+def candidates(key: str, now: Launch, values: Mapping[str, Sequence[int]]) -> list[Launch]:
     """Return the launch in force, then every other combination of ``values``.
 
     Raises:
-        KeyError: if there is no launch of that kernel, bits and shape.
         ValueError: if a field or a value is unknown.
     """
-    kernel, bits, shape = key.split(" ")[1:]
-    now = launches.nearest(kernel, int(bits), shape, capability)
     found = [dict(now)]
     for chosen in itertools.product(*values.values()):
         launch = now | dict(zip(values, chosen, strict=True))
@@ -80,31 +128,64 @@ def steps(op: str, entry: str, images: int, device: str) -> list[Callable[[], ob
     return found
 
 
+def judge(
+    asked: Question, images: Sequence[int], calls: Sequence[str] | None, device: str
+) -> Iterator[str | None]:
+    """Yield what is wrong with each launch, or None; those that are right are compiled by then."""
+    judges = [Judge(asked.op, p, device, calls or None) for p in BITS[asked.bits][1]]
+    with use_backend("triton"), tf32(True):
+        runs = [run for count in images for run in steps(asked.op, asked.entry, count, device)]
+    for launch in asked.tried:
+        with launches.installed({asked.key: launch}):
+            verdicts = (judge.verdict("triton") for judge in judges)
+            wrong = next((v.reason for v in verdicts if not v.passed), None)
+            with use_backend("triton"), tf32(True):
+                try:
+                    for run in runs if wrong is None else ():
+                        run()
+                except Exception as error:  # whatever a compiler or a driver raises
+                    wrong = first_line(error)
+        yield wrong
+
+
+def apart(
+    asked: Question, images: Sequence[int], calls: Sequence[str] | None = None, device: str = "cuda"
+) -> list[str | None]:
+    """Return what :func:`judge` yields in another process; a launch that ends it is wrong."""
+    reasons: list[str | None] = []
+    while len(reasons) < len(asked.tried):
+        rest = asked._replace(tried=asked.tried[len(reasons) :])
+        run = subprocess.run(
+            [sys.executable, "-m", "bench.launch_times", "--judge"],
+            input=json.dumps([rest, images, calls, device]),
+            capture_output=True,
+            text=True,
+        )
+        reasons += map(json.loads, run.stdout.splitlines())
+        if run.returncode and len(reasons) < len(asked.tried):
+            said = run.stderr.strip().splitlines() or [f"its process ended with {run.returncode}"]
+            reasons.append(said[-1])
+    return reasons
+
+
 def compare(
-    op: str,
-    key: str,
-    tried: Sequence[Launch],
+    asked: Question,
+    reasons: Sequence[str | None],
     images: Sequence[int],
     *,
-    check: Callable[[Launch, str], str | None],
     timer: Timer,
     device: str = "cuda",
-    jobs: int = 8,
 ) -> Iterator[Row]:
-    """Check all launches, then time the right ones, the first once more at the end."""
-    entry = key.partition(" ")[2]
-    precisions = BITS[int(entry.split(" ")[1])][1]
-    with ThreadPoolExecutor(jobs) as pool:
-        verdicts = [[pool.submit(check, launch, p) for p in precisions] for launch in tried]
-        reasons = [next((v.result() for v in each if v.result()), None) for each in verdicts]
+    """Time the launches that are right, the first once more at the end."""
+    tried = asked.tried
     with use_backend("triton"), tf32(True):
-        made = {count: steps(op, entry, count, device) for count in images}
+        made = {count: steps(asked.op, asked.entry, count, device) for count in images}
         for launch, wrong in [*zip(tried, reasons, strict=True), (tried[0], reasons[0])]:
             ms = {}
             if wrong is None:
-                with launches.installed({key: launch}):
+                with launches.installed({asked.key: launch}):
                     for count, runs in made.items():
-                        ms[count] = sum(timer(run, decided(entry)) for run in runs)
+                        ms[count] = sum(timer(run, decided(asked.entry)) for run in runs)
             yield Row(launch, wrong, ms)
 
 
@@ -135,70 +216,63 @@ def ship(key: str, launch: Launch, path: Path = launches.FILE) -> None:
     write_text(path, f"{{\n{lines}\n}}\n")
 
 
-def _field(text: str) -> tuple[str, list[int]]:
-    name, equals, values = text.partition("=")
-    try:
-        if not equals:
-            raise ValueError
-        return name, [int(value) for value in values.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"a field is given as ROWS=4,8,16 with whole numbers, got {text!r}"
-        ) from None
+class _Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Take a line of a file as a question, but for empty ones and comments."""
+        return [] if arg_line.strip()[:1] in ("", "#") else [arg_line]
 
 
 def main() -> None:
-    """Compare the launches asked for, print a row each, and ship the fastest if asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Answer the questions, a row for each launch, and ship the fastest if asked to."""
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
-    parser.add_argument("kernel", help="as kernels/launches.json names it")
-    parser.add_argument("bits", type=int, choices=list(BITS), help="of the dtype")
-    parser.add_argument("shape", help="class of the shape, as in D32, K256 or any")
-    parser.add_argument("fields", nargs="+", type=_field, help="FIELD=VALUE,VALUE,...")
-    parser.add_argument(
-        "--op", choices=list(cases.TIMED), help="[the op the kernel is named after]"
-    )
+    parser.add_argument("questions", nargs="*", help="or @FILE with one a line")
     parser.add_argument("--images", type=int, action="append", help="may be repeated [128]")
     parser.add_argument("--call", action="append", help="a call of the check [all of the op's]")
-    parser.add_argument("--jobs", type=int, default=8, help="checks at a time [8]")
+    parser.add_argument("--jobs", type=int, default=8, help="processes at a time [8]")
     parser.add_argument("--ship", action="store_true", help="put the fastest into launches.json")
     parser.add_argument("--out", type=Path, help="a JSON file of everything")
+    parser.add_argument("--judge", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    images = options.images or [128]
-    op = options.op or next((o for o in cases.TIMED if options.kernel.startswith(o)), None)
-    if op is None:
-        parser.error(f"{options.kernel} is named after no op: give --op")
+    if options.judge:
+        asked, *rest = json.load(sys.stdin)
+        for reason in judge(Question(*asked), *rest):
+            print(json.dumps(reason), flush=True)
+        return
+    if not options.questions:
+        parser.error("no question was asked")
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no CUDA device to time launches on")
     capability = launches.properties(torch.device("cuda")).capability
-    key = f"sm{capability} {options.kernel} {options.bits} {options.shape}"
     try:
-        tried = candidates(key, dict(options.fields), capability)
-    except (KeyError, ValueError) as error:
-        parser.error(str(error.args[0]))
-
-    def check(launch: Launch, precision: str) -> str | None:
-        try:
-            return apart(op, precision, "triton", "cuda", {key: launch}, options.call or ()).reason
-        except Unchecked as error:
-            return str(error)
-
-    rows: list[Row] = []
-    origin = {**stamp("cuda"), "entry": key}
-    for row in compare(op, key, tried, images, check=check, timer=CudaTimer(), jobs=options.jobs):
-        rows.append(row)
-        times = "  ".join(f"{ms:.4f} ms at {count} images" for count, ms in row.ms.items())
-        print(f"{json.dumps(row.launch)}: {row.wrong or times}", flush=True)
+        all_asked = [question(text, capability) for text in options.questions]
+    except ValueError as error:
+        parser.error(str(error))
+    images = options.images or [128]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        judged = list(pool.map(lambda each: apart(each, images, options.call), all_asked))
+    content: dict[str, Any] = {**stamp("cuda"), "questions": {}}
+    timer, answered = CudaTimer(), False
+    for each, reasons in zip(all_asked, judged, strict=True):
+        print(each.key)
+        rows: list[Row] = []
+        for row in compare(each, reasons, images, timer=timer):
+            rows.append(row)
+            times = "  ".join(f"{ms:.4f} ms at {count} images" for count, ms in row.ms.items())
+            print(f"  {json.dumps(row.launch)}: {row.wrong or times}", flush=True)
+        answered |= any(row.ms for row in rows)
+        best = fastest(rows)
+        print(f"  fastest: {json.dumps(best or each.tried[0])}{'' if best else ', as it is'}")
+        if options.ship and best:
+            ship(each.key, best)
+        content["questions"][each.key] = [row._asdict() for row in rows]
         if options.out:
-            write_json(options.out, origin | {"rows": [row._asdict() for row in rows]})
-    if not any(row.ms for row in rows):
+            write_json(options.out, content)
+    if not answered:
         raise SystemExit("error: none of these launches is right")
-    best = fastest(rows)
-    print(f"fastest: {json.dumps(best or tried[0])}{'' if best else ', which is in force'}")
-    if options.ship and best:
-        ship(key, best)
-        print(f"wrote {launches.FILE}")
 
 
 if __name__ == "__main__":

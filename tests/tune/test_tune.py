@@ -422,31 +422,35 @@ def test_a_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> No
 
 @triton
 @pytest.mark.usefixtures("small")
-def test_launches_are_compared_and_the_fastest_right_one_is_shipped(tmp_path: Path) -> None:
+def test_launches_are_compared_and_the_fastest_right_one_is_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key, path = "sm90 mlp_block_fwd 32 D32", tmp_path / "launches.json"
-    tried = launch_times.candidates(key, {"num_warps": [1, 8], "num_stages": [1, 2]}, 90)
-    now = launches.nearest("mlp_block_fwd", 32, "D32", 90)
-    assert tried[0] == now
+    asked = launch_times.question("mlp_block_fwd 32 D32 num_warps=1,8 num_stages=1,2", 90)
+    now, tried = launches.nearest("mlp_block_fwd", 32, "D32", 90), asked.tried
+    assert (asked.op, asked.key, tried[0]) == ("mlp_block", key, now)
     assert {(t["num_warps"], t["num_stages"]) for t in tried[1:]} <= {
         (w, s) for w in (1, 8) for s in (1, 2)
     }
 
-    def judged(launch: launches.Launch, precision: str) -> str | None:
-        wrong = precision == "tf32" and (launch["num_warps"], launch["num_stages"]) == (8, 2)
-        return "result 0: error" if wrong else None
+    class Right:
+        def __init__(self, op: str, precision: str, *_: object) -> None:
+            self.precision = precision
 
-    rows = list(
-        launch_times.compare(
-            "mlp_block", key, tried, [1, 2], check=judged, timer=Clock(), device="cpu", jobs=2
-        )
-    )
+        def verdict(self, _: str) -> check.Verdict:
+            launch = launches.nearest("mlp_block_fwd", 32, "D32", launches.INTERPRETER)
+            wrong = self.precision == "tf32" and launch["num_warps"] + launch["num_stages"] == 10
+            return check.Verdict(not wrong, 0.0, "result 0: error" if wrong else None)
+
+    monkeypatch.setattr(launch_times, "Judge", Right)
+    reasons = list(launch_times.judge(asked, [1], None, "cpu"))
+    assert reasons == [
+        "result 0: error" if (t["num_warps"], t["num_stages"]) == (8, 2) else None for t in tried
+    ]
+    rows = list(launch_times.compare(asked, reasons, [1, 2], timer=Clock(), device="cpu"))
     assert [row.launch for row in rows] == [*tried, now]
-    assert all(bool(row.ms) == (row.wrong is None) for row in rows)
-    times = {(r.launch["num_warps"], r.launch["num_stages"]): r.ms for r in rows}
-    assert times[8, 2] == {}
-    assert times[8, 1] == {1: 1.0, 2: 1.0}
-    with pytest.raises(ValueError, match="num_warps must be one of 1, 2, 4, 8, got 3"):
-        launch_times.candidates(key, {"num_warps": [3]}, 90)
+    assert [bool(row.ms) for row in rows] == [not reason for reason in [*reasons, None]]
+    assert rows[0].ms.keys() == {1, 2}
     with pytest.raises(ValueError, match="look 'mlp_block_bwd 16 D128' up nowhere"):
         launch_times.steps("mlp_block", "mlp_block_bwd 16 D128", 1, "cpu")
 
@@ -473,9 +477,51 @@ def test_what_is_no_faster_than_the_launch_in_force_is_not_shipped() -> None:
     assert launch_times.fastest(rows(None, (3.0, 3.0), None)) == {"ROWS": 1}
 
 
+def test_a_launch_that_ends_its_process_is_wrong_and_the_others_are_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = launch_times.question("lift_blur 16 any ROWS=4,8,16", 90)
+    runs = [("null\n", "", -11), ('"error 1 exceeds 0"\n', "", 0)]
+    inputs = []
+
+    def run(*_: object, input: str, **__: object) -> subprocess.CompletedProcess[str]:
+        inputs.append(json.loads(input)[0])
+        out, said, code = runs[len(inputs) - 1]
+        return subprocess.CompletedProcess([], code, out, said)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    reasons = launch_times.apart(asked, [128])
+    assert reasons == [None, "its process ended with -11", "error 1 exceeds 0"]
+    assert [launch_times.Question(*each).tried for each in inputs] == [asked.tried, asked.tried[2:]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lift_blur 16", "a question is one such as"),
+        ("lift_blur 16 any ROWS=four", "a question is one such as"),
+        ("lift_blur 8 any ROWS=4", "a question is one such as"),
+        ("lift_blurr 16 any ROWS=4", "has no launch for 'lift_blurr 16 any'"),
+        ("sum_rows 32 few BLOCK_ROWS=64", "is named after no op of lift, conv_attention"),
+        ("lift_blur 16 any ROWS=5", "ROWS must be one of 4, 8, 16, got 5"),
+        ("lift_blur 16 any WIDTH=4", "WIDTH"),
+    ],
+)
+def test_what_is_no_question_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch_times.question(text, 90)
+
+
+def test_the_questions_for_a_gpu_are_ones() -> None:
+    lines = (KERNELS.parent / "bench" / "questions.txt").read_text().splitlines()
+    asked = [launch_times.question(t, 90) for t in lines if t and not t.startswith("#")]
+    assert all(len(each.tried) > 1 for each in asked)
+    assert len({each.key for each in asked}) == len(asked)
+
+
 def test_comparing_launches_needs_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    command = [sys.executable, "-m", "bench.launch_times", "lift_blur", "16", "any", "ROWS=4,8"]
+    command = [sys.executable, "-m", "bench.launch_times", "lift_blur 16 any ROWS=4,8"]
     done = subprocess.run(command, cwd=KERNELS.parent, capture_output=True, text=True)
     assert (done.returncode, "torch sees no CUDA device" in done.stderr) == (1, True)
