@@ -214,6 +214,7 @@ def _attend_row(
     WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    RARE: tl.constexpr,
     PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -221,6 +222,7 @@ def _attend_row(
 
     BLOCK_M keys are fetched at a time, and multiplied in tiles of STEP: what a fetch costs beside
     its bytes (two barriers, a fence, some 40 instructions of a thread) is then shared by the tiles.
+    RARE: tiles are half as wide, for a thread has the registers that the hungriest way wants.
     """
     # A matrix unit's results lie 8 columns apart; products of float32 itself lie otherwise.
     COLUMNS: tl.constexpr = 1 if q.dtype == tl.float32 and PRECISION == "ieee" else 8
@@ -229,10 +231,7 @@ def _attend_row(
     # Not -inf: a row of -inf only must not subtract it from itself, later tiles may hold numbers.
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
     whole = M // BLOCK_M * BLOCK_M
-    # Where most rows are bounded, the others have half a tile: a thread has the registers that the
-    # hungrier way wants, and 96 leave room for a fourth more programs.
-    RARE: tl.constexpr = (not BOUNDED) and q.dtype == tl.bfloat16 and BLOCK_D == 32
-    STEP: tl.constexpr = 16 if RARE else step(BLOCK_M, BLOCK_D)
+    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D) // (2 if RARE else 1)
     if WHOLE:
         # A loop that may be left out has the assembler wait for each product before the next.
         tl.assume(whole > 0)
@@ -332,6 +331,8 @@ def _conv_attention_attend_fwd_kernel(
     reach = largest_norm(reach_ptr, i_b, REACHES, BLOCK_REACHES)
     bound_ptr += tl.program_id(0) * HEADS
 
+    # 96 registers, which then do, leave room for a fourth more programs.
+    RARE: tl.constexpr = MAY_BOUND and BLOCK_D == 32 and dtype.primitive_bitwidth == 16
     t = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     # Hoisting what does not depend on the head out of this loop would cost 70 registers a thread,
     # and with them half the programs of a multiprocessor.
@@ -343,12 +344,12 @@ def _conv_attention_attend_fwd_kernel(
         if small:
             o, lse = _attend_row(
                 q, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M, WHOLE, SHARED, True,
-                PRODUCTS, PRECISION,
+                False, PRODUCTS, PRECISION,
             )  # fmt: skip
         else:
             o, lse = _attend_row(
                 q, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M, WHOLE, SHARED, False,
-                PRODUCTS, PRECISION,
+                RARE, PRODUCTS, PRECISION,
             )  # fmt: skip
         o = o.to(dtype)
         if SAVE:

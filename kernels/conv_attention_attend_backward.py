@@ -162,6 +162,7 @@ def _conv_attention_attend_bwd_queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    RELOADED: tl.constexpr,
     TAIL_M: tl.constexpr,
     WHOLE: tl.constexpr,
     REACHES: tl.constexpr,
@@ -250,6 +251,11 @@ def _conv_attention_attend_bwd_queries_kernel(
             if BLOCK_D > 64:
                 o = tl.load(o_ptr + i_b * N * HEADS * D + head_offsets, mask=mask, other=0.0)
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        if RELOADED and not EXACT:
+            # From memory a product's left factor goes to shared memory, not to registers.
+            tl.debug_barrier()
+            q = tl.load(q_ptr + rows * D + offsets, mask=m_d[None, :], other=0.0)
+            do = tl.load(do_ptr + rows * D + offsets, mask=m_d[None, :], other=0.0)
         if small:
             dq, delta, total = _query_gradients(
                 q, do, lse2, delta, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M,

@@ -2,54 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import add_product, cdiv, padded, power_of_2, precision, sum_rows
+from .common import add_product, cdiv, padded, power_of_2, precision, programs, sum_rows
 from .conv_attention_attend import LN2, same_for_all
 
 # Marks of an image's tiles that are read at a time.
 FLAGS = 1024
-
-
-@triton.jit
-def _add_key_gradients(dk, dv, p, ds, q, do, ROWS, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr):
-    """Add what one tile of queries gives to the gradients of one tile of keys and of values."""
-    if ONE_SUM:
-        dk = add_product(dk, p.to(do.dtype), do, ROWS, PRECISION)
-    else:
-        dv = add_product(dv, p.to(do.dtype), do, ROWS, PRECISION)
-    return add_product(dk, ds.to(q.dtype), q, ROWS, PRECISION), dv
+# Programs that share the queries of a tile of keys.
+LARGEST_WAYS = 4
 
 
 @triton.jit
 def _key_gradients(
     k,
     v,
-    k1,
-    v1,
     q_ptr,
     do_ptr,
     lse2_ptr,
     delta_ptr,
+    first,
+    last,
     ROWS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
-    PAIR: tl.constexpr,
     ONE_SUM: tl.constexpr,
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Walk over all queries; return the gradients of keys and values, and of a pair's second.
+    """Walk over queries ``first`` to ``last``; return the gradients of keys and of values.
 
     BLOCK_N queries are fetched at a time, and multiplied in tiles of STEP, as keys are elsewhere:
     tiles of 32 leave room for a third more programs, those of 64 take fewer instructions a score.
-    BOUNDED: exponentials are what they are, since ``do`` and ``delta`` are divided by their sum.
+    ONE_SUM: the first is that of both. BOUNDED: exponentials are what they are, since ``do`` and
+    ``delta`` are divided by their sum.
     """
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BLOCK_D)
@@ -57,31 +51,25 @@ def _key_gradients(
     o_q = o_n[:, None] * D + o_d[None, :]
     dk = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
     dv = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
-    dk1 = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
-    dv1 = tl.zeros([k.shape[0], BLOCK_D], tl.float32)
-    tl.assume(ROWS > 0)
-    for first in tl.range(0, ROWS, BLOCK_N):
+    tl.assume(first < last)
+    for begin in tl.range(first, last, BLOCK_N):
         for inner in tl.static_range(0, BLOCK_N, STEP):
-            row = first + inner
+            row = begin + inner
             q = tl.load(q_ptr + row * D + o_q, mask=m_d, other=0.0)  # [STEP, BLOCK_D]
             do = tl.load(do_ptr + row * D + o_q, mask=m_d, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [HALF, STEP]
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_M, STEP]
             if not BOUNDED:
-                lse2 = tl.load(lse2_ptr + row + o_n)[None, :]
-                s -= lse2
-            if PAIR:
-                s1 = tl.dot(k1, tl.trans(q), input_precision=PRECISION)
+                s -= tl.load(lse2_ptr + row + o_n)[None, :]
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             p = tl.exp2(s)
             delta = tl.load(delta_ptr + row + o_n)[None, :]
             ds = p * (dp * LN2 - delta)
-            dk, dv = _add_key_gradients(dk, dv, p, ds, q, do, ROWS, ONE_SUM, PRECISION)
-            if PAIR:
-                dp1 = tl.dot(v1, tl.trans(do), input_precision=PRECISION)
-                p1 = tl.exp2(s1 if BOUNDED else s1 - lse2)
-                ds1 = p1 * (dp1 * LN2 - delta)
-                dk1, dv1 = _add_key_gradients(dk1, dv1, p1, ds1, q, do, ROWS, ONE_SUM, PRECISION)
-    return dk, dv, dk1, dv1
+            if ONE_SUM:
+                dk = add_product(dk, p.to(do.dtype), do, ROWS, PRECISION)
+            else:
+                dv = add_product(dv, p.to(do.dtype), do, ROWS, PRECISION)
+            dk = add_product(dk, ds.to(q.dtype), q, ROWS, PRECISION)
+    return dk, dv
 
 
 def flags_at_once(tiles: int) -> int:
@@ -101,7 +89,7 @@ def all_small(loose_ptr, largest_ptr, TILES: tl.constexpr, BLOCK_TILES: tl.const
 
 
 @triton.jit
-def store_key_gradient(
+def _store_key_gradient(
     dk, raw_ptr, offsets, mask, scale_ptr, out_ptr, part_ptr, o_d, D: tl.constexpr
 ):
     """Write the gradient of raw keys or values, and its sums for their scale and shift."""
@@ -114,7 +102,7 @@ def store_key_gradient(
     tl.store(part_ptr + D + o_d, tl.sum(dk, 0), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["WAYS"])
 def _conv_attention_attend_bwd_keys_kernel(
     b_ptr,
     c_ptr,
@@ -130,8 +118,10 @@ def _conv_attention_attend_bwd_keys_kernel(
     db_ptr,
     dc_ptr,
     parts_ptr,
+    sums_ptr,
     ROWS,
     M,
+    WAYS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -139,53 +129,45 @@ def _conv_attention_attend_bwd_keys_kernel(
     STEP: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
-    PAIR: tl.constexpr,
     SHARED: tl.constexpr,
     MAY_BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write ``db`` and ``dc``, and this program's share of their scales' and shifts' gradients.
+    """Write a share of the keys' gradient; or ``db`` and ``dc``, and one of their norms' gradients.
 
-    One program owns BLOCK_M keys of one image, and walks over its ROWS queries of all heads, whole
-    tiles, as over one list, for keys are the same in all heads::
+    WAYS programs own BLOCK_M keys of one image, and each walks over its part of the ROWS queries of
+    all heads, whole tiles, as over one list, for keys are the same in all heads::
 
                   queries of head 0, then head 1, ...: BLOCK_N at a time ->
         keys      scores^T -> exp2 -> dv += p^T do
         BLOCK_M                       dk += ds^T q       (one sum of both if values are the keys)
 
-    Scores are transposed, so that both gradients take their left factor from registers. Of a PAIR,
-    the halves of the keys, one half's products run while the other's exponentials do: asynchronous
-    products are waited for all at once, so they begin before what does not need them. Values' sums
-    are then apart from keys', a product that adds to another's sum would wait for it.
+    Scores are transposed, so that both gradients take their left factor from registers. If values
+    are the keys (SHARED) a program writes its sum to ``sums``, ``[B, WAYS, tiles of keys, BLOCK_M,
+    D]``, for the next kernel; else WAYS is 1 and it makes the rest itself.
 
     Per score: 8 D operations on the tensor cores and one exponential; 0.44 ms and 0.38 ms for
     1.37e9 scores at D = 32 (batch 128, H100). Bytes from L2: 4 D + 4 per query and tile of keys, 4
     more where an image has scores that may be large. Accumulates in fp32, queries in order.
-    ``parts`` is ``[programs and halves, 2 or 4, D]``: dscale and dshift of keys, then of values;
-    ``largest`` ``[programs]`` is of :func:`same_for_all`.
+    ``parts`` is ``[programs, 4, D]``: dscale and dshift of keys, then of values; ``largest``
+    ``[programs]`` is of :func:`same_for_all`.
     """
-    HALVES: tl.constexpr = 2 if PAIR else 1
-    HALF: tl.constexpr = BLOCK_M // HALVES
-    ONE_SUM: tl.constexpr = SHARED and not PAIR
     blocks = tl.cdiv(M, BLOCK_M)
-    i_b = (tl.program_id(0) // blocks).to(tl.int64)
-    o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, HALF)
+    program, way = tl.program_id(0) // WAYS, tl.program_id(0) % WAYS
+    i_b = (program // blocks).to(tl.int64)
+    o_m = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
     mask = (o_m < M)[:, None] & m_d
     offsets = i_b * M * D + o_m[:, None] * D + o_d[None, :]
-    k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [HALF, BLOCK_D]
+    k = tl.load(k_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     v = k if SHARED else tl.load(v_ptr + offsets, mask=mask, other=0.0)
-    mask1 = (o_m + HALF < M)[:, None] & m_d
-    offsets1 = offsets + HALF * D
-    k1, v1 = k, v
-    if PAIR:
-        k1 = tl.load(k_ptr + offsets1, mask=mask1, other=0.0)
-        v1 = k1 if SHARED else tl.load(v_ptr + offsets1, mask=mask1, other=0.0)
     q_ptr += i_b * ROWS * D
     do_ptr += i_b * ROWS * D
     lse2_ptr += i_b * ROWS
     delta_ptr += i_b * ROWS
+    tiles = ROWS // BLOCK_N
+    first, last = way * tiles // WAYS * BLOCK_N, (way + 1) * tiles // WAYS * BLOCK_N
 
     small = False
     if MAY_BOUND:
@@ -193,33 +175,78 @@ def _conv_attention_attend_bwd_keys_kernel(
             loose_ptr + i_b * TILES, largest_ptr + tl.program_id(0), TILES, BLOCK_TILES
         )
     if small:
-        dk, dv, dk1, dv1 = _key_gradients(
-            k, v, k1, v1, q_ptr, do_ptr, lse2_ptr, delta_ptr, ROWS, D, BLOCK_D, BLOCK_N, STEP,
-            PAIR, ONE_SUM, True, PRECISION,
+        dk, dv = _key_gradients(
+            k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, first, last, ROWS, D, BLOCK_D, BLOCK_N, STEP,
+            SHARED, True, PRECISION,
         )  # fmt: skip
     else:
-        dk, dv, dk1, dv1 = _key_gradients(
-            k, v, k1, v1, q_ptr, do_ptr, lse2_ptr, delta_ptr, ROWS, D, BLOCK_D, BLOCK_N, STEP,
-            PAIR, ONE_SUM, False, PRECISION,
+        dk, dv = _key_gradients(
+            k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, first, last, ROWS, D, BLOCK_D, BLOCK_N, STEP,
+            SHARED, False, PRECISION,
         )  # fmt: skip
 
-    if SHARED and PAIR:
-        dk += dv
-        dk1 += dv1
-    PARTS: tl.constexpr = 2 if SHARED else 4
-    parts_ptr += tl.program_id(0).to(tl.int64) * HALVES * PARTS * D
-    parts1_ptr = parts_ptr + PARTS * D
-    scale_ptr += D
-    store_key_gradient(dk, b_ptr, offsets, mask, scale_ptr, db_ptr, parts_ptr, o_d, D)
-    if PAIR:
-        store_key_gradient(dk1, b_ptr, offsets1, mask1, scale_ptr, db_ptr, parts1_ptr, o_d, D)
-    if not SHARED:
+    if SHARED:
+        sums_ptr += (i_b * WAYS + way) * blocks * BLOCK_M * D
+        tl.store(sums_ptr + o_m[:, None] * D + o_d[None, :], dk, mask=m_d)
+    else:
+        parts_ptr += program.to(tl.int64) * 4 * D
+        scale_ptr += D
+        _store_key_gradient(dk, b_ptr, offsets, mask, scale_ptr, db_ptr, parts_ptr, o_d, D)
         scale_ptr += D
         parts_ptr += 2 * D
-        parts1_ptr += 2 * D
-        store_key_gradient(dv, c_ptr, offsets, mask, scale_ptr, dc_ptr, parts_ptr, o_d, D)
-        if PAIR:
-            store_key_gradient(dv1, c_ptr, offsets1, mask1, scale_ptr, dc_ptr, parts1_ptr, o_d, D)
+        _store_key_gradient(dv, c_ptr, offsets, mask, scale_ptr, dc_ptr, parts_ptr, o_d, D)
+
+
+@triton.jit(do_not_specialize=["WAYS"])
+def _conv_attention_attend_bwd_finish_kernel(
+    b_ptr,
+    sums_ptr,
+    scale_ptr,
+    db_ptr,
+    parts_ptr,
+    M,
+    ROWS,
+    WAYS,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Write ``db`` from the sums of WAYS programs, and its share of dscale and dshift.
+
+    One program owns BLOCK_M keys of one image. ``sums`` is ``[B, WAYS, ROWS, D]``, those beyond M
+    count for nothing; ``parts`` ``[programs, 2, D]``. 4 bytes per way, key and channel, each added
+    in fp32, in order.
+    """
+    blocks = tl.cdiv(M, BLOCK_M)
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    mask = (o_m < M)[:, None] & (o_d < D)[None, :]
+    offsets = o_m[:, None] * D + o_d[None, :]
+    sums_ptr += i_b * WAYS * ROWS * D
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for _ in tl.range(0, WAYS):
+        dk += tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+        sums_ptr += ROWS * D
+    parts_ptr += tl.program_id(0).to(tl.int64) * 2 * D
+    offsets += i_b * M * D
+    _store_key_gradient(dk, b_ptr, offsets, mask, scale_ptr + D, db_ptr, parts_ptr, o_d, D)
+
+
+@functools.cache
+def _ways(count: int, tiles: int, slots: int) -> int:
+    """Return how many programs share the queries of each of ``count`` tiles of keys.
+
+    Of programs, ``slots`` run at once. The last round of them is rarely full: more programs that
+    are shorter leave less of it empty, and few images do not fill the first one. A tenth must be
+    gained, for each way's sums go through memory.
+    """
+
+    def turns(ways: int) -> int:
+        return cdiv(count * ways, slots) * cdiv(tiles, ways)
+
+    best = min(range(1, min(LARGEST_WAYS, tiles) + 1), key=turns)
+    return best if turns(best) <= 0.9 * turns(1) else 1
 
 
 def key_gradients(
@@ -250,14 +277,18 @@ def key_gradients(
     batch, keys, width = b.shape
     launch = launches.find("conv_attention_attend_bwd_keys", b, launches.width_class(width))
     launch["STEP"] = min(launch["STEP"], launch["BLOCK_N"])
-    count = batch * cdiv(keys, launch["BLOCK_M"])
-    # Hopper's matrix unit needs 16 rows for each warp.
-    pair = launch["BLOCK_M"] >= 32 * launch["num_warps"]
-    parts = scale.new_empty(count * (1 + pair), (2 if c is None else 4) * width)
+    rows, blocks = q.shape[1] * q.shape[2], cdiv(keys, launch["BLOCK_M"])
+    count, resident = batch * blocks, launch.pop("RESIDENT")
+    each, ways, parts, sums = rows // launch["BLOCK_N"], 1, scale, scale
+    if c is None:
+        ways = _ways(count, each, programs(b, resident, count * each))
+        sums = scale.new_empty(batch, ways, blocks * launch["BLOCK_M"], width)
+    else:
+        parts = scale.new_empty(count, 4 * width)
     tiles = 1 if loose is None else loose.shape[1]
     db = torch.empty_like(b)
     dc = b.new_empty(0) if c is None else torch.empty_like(b)
-    _conv_attention_attend_bwd_keys_kernel[(count,)](
+    _conv_attention_attend_bwd_keys_kernel[(count * ways,)](
         b,
         b if c is None else c,
         k,
@@ -268,21 +299,39 @@ def key_gradients(
         lse2,
         delta,
         delta if loose is None else loose,
-        scale.new_empty(count),
+        scale.new_empty(count * ways),
         db,
         dc,
         parts,
-        q.shape[1] * q.shape[2],
+        sums,
+        rows,
         keys,
+        ways,
         D=width,
         BLOCK_D=padded(width),
         TILES=tiles,
         BLOCK_TILES=flags_at_once(tiles),
-        PAIR=pair,
         SHARED=c is None,
         MAY_BOUND=loose is not None,
         PRECISION=precision(),
         **launch,
     )
+    if c is None:
+        finish = launches.find("conv_attention_attend_bwd_finish", b)
+        count = batch * cdiv(keys, finish["BLOCK_M"])
+        parts = scale.new_empty(count, 2 * width)
+        _conv_attention_attend_bwd_finish_kernel[(count,)](
+            b,
+            sums,
+            scale,
+            db,
+            parts,
+            keys,
+            sums.shape[2],
+            ways,
+            D=width,
+            BLOCK_D=padded(width),
+            **finish,
+        )
     sum_rows(parts, [t[i] for i in range(1, scale.shape[0]) for t in (dscale, dshift)])
     return db, dc

@@ -46,9 +46,10 @@ class Kernel(NamedTuple):
     BLOCK_* and other capitals are sizes of a tile, RESIDENT is programs per multiprocessor, HALVES
     whether TF32 products are made of bfloat16 ones, PRODUCTS of how many bfloat16 exponentials one
     is made by multiplications (0: none), STEP how many of the rows fetched together are multiplied
-    at a time, REGISTERS how many a thread may have (0: as many as the assembler likes); the rest
-    are Triton's options. ``rows`` is the field that counts the rows of a matrix product whose
-    result is a factor of the next: there Triton stacks all warps.
+    at a time, RELOADED whether a program reads back what it wrote rather than keep it, REGISTERS
+    how many a thread may have (0: as many as the assembler likes); the rest are Triton's options.
+    ``rows`` is the field that counts the rows of a matrix product whose result is a factor of the
+    next: there Triton stacks all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
@@ -106,13 +107,24 @@ KERNELS = {
         rows="BLOCK_N",
     ),
     "conv_attention_attend_bwd_queries": Kernel(
-        {"BLOCK_N": TILE, "BLOCK_M": TILE, **LIMIT, **WARPS, **STAGES}, WIDTHS, rows="BLOCK_N"
+        {"BLOCK_N": TILE, "BLOCK_M": TILE, "RELOADED": (0, 1), **LIMIT, **WARPS, **STAGES},
+        WIDTHS,
+        rows="BLOCK_N",
     ),
     "conv_attention_attend_bwd_keys": Kernel(
-        {"BLOCK_M": TILE, "BLOCK_N": TILE, "STEP": (32, 64), **LIMIT, **WARPS, **STAGES},
+        {
+            "BLOCK_M": TILE,
+            "BLOCK_N": TILE,
+            "STEP": (32, 64),
+            **LIMIT,
+            **WARPS,
+            **STAGES,
+            "RESIDENT": (1, 2, 3, 4, 5, 6),
+        },
         WIDTHS,
         rows="BLOCK_M",
     ),
+    "conv_attention_attend_bwd_finish": Kernel({"BLOCK_M": (8, 16, 32, 64), **WARPS}),
     "conv_attention_weights_bwd": Kernel(
         {"BLOCK_N": TILE, "BLOCK_C": (32, 64, 128), **LIMIT, **WARPS, **STAGES, **RESIDENT}, WIDTHS
     ),

@@ -20,6 +20,10 @@ GAIN = 0.98
 ROUNDS = 15
 # Kernels whose time an entry decides, where it is not the kernel of its own name alone.
 DECIDES = {
+    "conv_attention_attend_bwd_keys": (
+        "conv_attention_attend_bwd_keys",
+        "conv_attention_attend_bwd_finish",
+    ),
     "lift_plan": ("lift_conv", "lift_sums", "lift_finish"),
     # More taps in a block leave fewer blocks to a kernel of their own.
     "token_embed_bwd": ("token_embed_bwd", "token_embed_bwd_filters"),

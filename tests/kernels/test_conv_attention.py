@@ -192,6 +192,40 @@ def test_keys_fetched_together_give_what_tiles_of_them_do(
         torch.testing.assert_close(a, b, rtol=0, atol=8 * torch.finfo(dtype).eps * most)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_leaves_room_for_more_programs_gives_the_same(dtype: torch.dtype) -> None:
+    case = Attention(keys=131, batch=1, dtype=dtype)
+    queries, keys = (
+        f"conv_attention_attend_bwd_{kernel} {8 * dtype.itemsize} D32"
+        for kernel in ("queries", "keys")
+    )
+    queries_launch, keys_launch = (
+        launches.nearest(*name.split(" "), 90) for name in (queries, keys)
+    )
+    _, o, lse = conv_attention.attend(*case.forward(), dropout=0.2, save=True)
+    found = []
+    for reloaded, step in ((0, 64), (1, 32)):
+        with launches.installed(
+            {
+                f"sm90 {queries}": queries_launch | {"RELOADED": reloaded},
+                f"sm90 {keys}": keys_launch | {"STEP": step, "BLOCK_N": 64},
+            }
+        ):
+            found.append(conv_attention.attend_backward(*case.backward(o, lse), dropout=0.2))
+    for a, b in zip(*found, strict=True):
+        most = float(b.abs().max()) if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=0, atol=8 * torch.finfo(dtype).eps * most)
+
+
+def test_queries_are_shared_where_the_last_round_of_programs_would_be_empty() -> None:
+    ways = conv_attention_key_gradients._ways
+    images = {128: 16 * 128, 16: 16 * 16}
+    assert ways(images[128], 177, 4 * 132) == 1  # 3.9 rounds
+    assert ways(images[128], 177, 6 * 132) == 3  # 7.8, of a third each, not 2.6
+    assert ways(images[16], 177, 4 * 132) == 2  # half of the first
+    assert ways(1, 2, 10_000) == 2  # no more than there are tiles
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(16, 64), (32, 16), (32, 128)])
 def test_tiles_of_the_backward_kernels_need_not_fit(queries: int, keys: int) -> None:
     case = Attention(queries=37, batch=1, values=True)
