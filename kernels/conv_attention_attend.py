@@ -222,7 +222,7 @@ def _attend_row(
 
     BLOCK_M keys are fetched at a time, and multiplied in tiles of STEP: what a fetch costs beside
     its bytes (two barriers, a fence, some 40 instructions of a thread) is then shared by the tiles.
-    RARE: tiles are half as wide, for a thread has the registers that the hungriest way wants.
+    RARE: tiles are narrow, for a thread has the registers that the hungriest way wants.
     """
     # A matrix unit's results lie 8 columns apart; products of float32 itself lie otherwise.
     COLUMNS: tl.constexpr = 1 if q.dtype == tl.float32 and PRECISION == "ieee" else 8
@@ -231,7 +231,7 @@ def _attend_row(
     # Not -inf: a row of -inf only must not subtract it from itself, later tiles may hold numbers.
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
     whole = M // BLOCK_M * BLOCK_M
-    STEP: tl.constexpr = step(BLOCK_M, BLOCK_D) // (2 if RARE else 1)
+    STEP: tl.constexpr = 16 if RARE else step(BLOCK_M, BLOCK_D)
     if WHOLE:
         # A loop that may be left out has the assembler wait for each product before the next.
         tl.assume(whole > 0)

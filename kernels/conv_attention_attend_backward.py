@@ -10,8 +10,8 @@ dropout, ``do_h = t (W^o_h)^T`` and ``delta_h = sum(do_h * o_h)``:
 One kernel keeps queries and walks over keys (``dq``); it hands ``q``, ``do`` and ``delta`` on to
 one that keeps keys and walks over the queries of all heads (``db``, ``dc``). Each score's
 exponential is computed in both: one kernel that kept eight, six or four tiles of keys and added up
-``dq`` in memory took 1.6 ms or more on an H100 where these two take 1.45, for it leaves a scheduler
-two warps. A third kernel is the products with the weights (``da`` and the weights' own gradients):
+``dq`` in memory left a scheduler two warps, and took 1.6 ms or more on an H100 where these two took
+1.45. A third kernel is the products with the weights (``da`` and the weights' own gradients):
 inside the first they would cost half of its programs' registers.
 
 Source: Dao et al., arXiv:2205.14135, appendix B.
