@@ -214,7 +214,7 @@ def _attend_row(
     WHOLE: tl.constexpr,
     SHARED: tl.constexpr,
     BOUNDED: tl.constexpr,
-    RARE: tl.constexpr,
+    NARROW: tl.constexpr,
     PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -222,7 +222,7 @@ def _attend_row(
 
     BLOCK_M keys are fetched at a time, and multiplied in tiles of STEP: what a fetch costs beside
     its bytes (two barriers, a fence, some 40 instructions of a thread) is then shared by the tiles.
-    RARE: tiles are narrow, for a thread has the registers that the hungriest way wants.
+    NARROW: those tiles are of 16 keys, and want fewer registers.
     """
     # A matrix unit's results lie 8 columns apart; products of float32 itself lie otherwise.
     COLUMNS: tl.constexpr = 1 if q.dtype == tl.float32 and PRECISION == "ieee" else 8
@@ -231,7 +231,7 @@ def _attend_row(
     # Not -inf: a row of -inf only must not subtract it from itself, later tiles may hold numbers.
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
     whole = M // BLOCK_M * BLOCK_M
-    STEP: tl.constexpr = 16 if RARE else step(BLOCK_M, BLOCK_D)
+    STEP: tl.constexpr = 16 if NARROW else step(BLOCK_M, BLOCK_D)
     if WHOLE:
         # A loop that may be left out has the assembler wait for each product before the next.
         tl.assume(whole > 0)
@@ -290,6 +290,7 @@ def _conv_attention_attend_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
     SAVE: tl.constexpr,
     MAY_BOUND: tl.constexpr,
+    NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend from BLOCK_N queries of one image to all its keys, for all heads, and finish ``y``.
@@ -331,8 +332,6 @@ def _conv_attention_attend_fwd_kernel(
     reach = largest_norm(reach_ptr, i_b, REACHES, BLOCK_REACHES)
     bound_ptr += tl.program_id(0) * HEADS
 
-    # 96 registers, which then do, leave room for a fourth more programs.
-    RARE: tl.constexpr = MAY_BOUND and BLOCK_D == 32 and dtype.primitive_bitwidth == 16
     t = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     # Hoisting what does not depend on the head out of this loop would cost 70 registers a thread,
     # and with them half the programs of a multiprocessor.
@@ -349,7 +348,7 @@ def _conv_attention_attend_fwd_kernel(
         else:
             o, lse = _attend_row(
                 q, k_ptr, v_ptr, M, D, BLOCK_D, BLOCK_N, BLOCK_M, TAIL_M, WHOLE, SHARED, False,
-                RARE, PRODUCTS, PRECISION,
+                NARROW, PRODUCTS, PRECISION,
             )  # fmt: skip
         o = o.to(dtype)
         if SAVE:
@@ -463,6 +462,8 @@ def attend(
         HAS_DROPOUT=dropout > 0,
         SAVE=save,
         MAY_BOUND=may_bound(a.dtype),
+        # A thread has the registers of the hungrier way, so the rarer one does with fewer.
+        NARROW=may_bound(a.dtype) and launch.get("maxnreg", 255) <= 96,
         PRECISION=precision(),
         **launch,
     )

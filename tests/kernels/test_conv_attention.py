@@ -133,8 +133,9 @@ def test_what_bfloat16_allows_is_as_good_as_pytorch_s(
     name = "conv_attention_attend_fwd 16 D32"
     launch = launches.nearest(*name.split(" "), 90) | {"BLOCK_M": 64}
     settings = {"dropout": 0.3}
-    for products in (0, 4):
-        with launches.installed({f"sm90 {name}": launch | {"PRODUCTS": products}}):
+    for products, registers in ((0, 96), (4, 128)):
+        fields = {"PRODUCTS": products, "REGISTERS": registers}
+        with launches.installed({f"sm90 {name}": launch | fields}):
             _, o, lse = _compare(NAMES, _of("attend"), case.forward(), settings | {"save": True})
         _compare(GRADIENTS, _of("attend_backward"), case.backward(o, lse), settings, backward=True)
 
