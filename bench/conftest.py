@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from bench.timing import Function, cuda_seconds, once, peak_mib, reserved_mib
 from eqcvt.convert import _escnn
 
 ROWS = pytest.StashKey[list[Row]]()
-START = pytest.StashKey[float]()
 # A measurement on the CPU takes about so many seconds, in so many rounds at least and at most.
 CPU_S, CPU_ROUNDS = 6.0, (5, 15)
 
@@ -39,13 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--compile", action="store_true", help="time torch.compile too (minutes more)")
     add("--full", action="store_true", help="every case and implementation (hours on a CPU)")
     add("--must", action="store_true", help="on a GPU: what must be reached, and whether it was")
-    add("--minutes", type=float, help="no case is begun after so many; what was timed is kept")
     add("--results", default=str(ROOT / "bench" / "results"), help="folder of the CSV")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-    config.stash[START] = time.monotonic()
     if config.getoption("--must") and config.getoption("--device") != "cuda":
         raise pytest.UsageError("--must is about an H100: it needs --device cuda")
 
@@ -89,13 +85,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         must_s = 300 if "compile-max" in item.name else 180
         item.add_marker(pytest.mark.timeout(must_s if config.getoption("--must") else 900))
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what would begin too late."""
-    minutes = item.config.getoption("--minutes")
-    if minutes is not None and time.monotonic() - item.config.stash[START] > 60 * minutes:
-        pytest.skip(f"--minutes {minutes:g} are over")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-bench/results/session}
 PYTHON=${PYTHON:-.venv/bin/python}
 WORKERS=${WORKERS:-8}
-LAUNCHES=${LAUNCHES:-@bench/questions.txt --images 128 --images 16}
+LAUNCHES=${LAUNCHES:-@bench/questions.txt --images 128 --images 16 --seconds 130}
 # A CUDA error ends its process for good, so every group has one of its own; the dearest come last.
 bench_group() { # folder, seconds, file, expression
   timeout "$2" "$PYTHON" -m pytest "bench/test_bench_$3.py" -k "not triton-compile${4:+ and $4}" -v \

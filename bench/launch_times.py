@@ -137,7 +137,7 @@ def judge(
         runs = [run for count in images for run in steps(asked.op, asked.entry, count, device)]
     for launch in asked.tried:
         with launches.installed({asked.key: launch}):
-            verdicts = (judge.verdict("triton") for judge in judges)
+            verdicts = (each.verdict("triton") for each in judges)
             wrong = next((v.reason for v in verdicts if not v.passed), None)
             with use_backend("triton"), tf32(True):
                 try:
@@ -149,18 +149,31 @@ def judge(
 
 
 def apart(
-    asked: Question, images: Sequence[int], calls: Sequence[str] | None = None, device: str = "cuda"
+    asked: Question,
+    images: Sequence[int],
+    calls: Sequence[str] | None = None,
+    device: str = "cuda",
+    seconds: float | None = None,
 ) -> list[str | None]:
-    """Return what :func:`judge` yields in another process; a launch that ends it is wrong."""
+    """Return what :func:`judge` yields in another process; a launch that ends it is wrong.
+
+    What is not judged after so many seconds of a process is given as wrong.
+    """
     reasons: list[str | None] = []
     while len(reasons) < len(asked.tried):
         rest = asked._replace(tried=asked.tried[len(reasons) :])
-        run = subprocess.run(
-            [sys.executable, "-m", "bench.launch_times", "--judge"],
-            input=json.dumps([rest, images, calls, device]),
-            capture_output=True,
-            text=True,
-        )
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "bench.launch_times", "--judge"],
+                input=json.dumps([rest, images, calls, device]),
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired as late:
+            reasons += map(json.loads, (late.stdout or b"").decode().splitlines())
+            left = len(asked.tried) - len(reasons)
+            return [*reasons, *[f"it had not been judged after {seconds:g} s"] * left]
         reasons += map(json.loads, run.stdout.splitlines())
         if run.returncode and len(reasons) < len(asked.tried):
             said = run.stderr.strip().splitlines() or [f"its process ended with {run.returncode}"]
@@ -233,6 +246,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, action="append", help="may be repeated [128]")
     parser.add_argument("--call", action="append", help="a call of the check [all of the op's]")
     parser.add_argument("--jobs", type=int, default=8, help="processes at a time [8]")
+    parser.add_argument("--seconds", type=float, default=1800, help="for each of them [1800]")
     parser.add_argument("--ship", action="store_true", help="put the fastest into launches.json")
     parser.add_argument("--out", type=Path, help="a JSON file of everything")
     parser.add_argument("--judge", action="store_true", help=argparse.SUPPRESS)
@@ -253,7 +267,11 @@ def main() -> None:
         parser.error(str(error))
     images = options.images or [128]
     with ThreadPoolExecutor(options.jobs) as pool:
-        judged = list(pool.map(lambda each: apart(each, images, options.call), all_asked))
+        judged = list(
+            pool.map(
+                lambda each: apart(each, images, options.call, seconds=options.seconds), all_asked
+            )
+        )
     content: dict[str, Any] = {**stamp("cuda"), "questions": {}}
     timer, answered = CudaTimer(), False
     for each, reasons in zip(all_asked, judged, strict=True):

@@ -64,11 +64,10 @@ def test_kernels_assemble_for_the_gpus_we_aim_at(wide: bool) -> None:
     }
     for r in reports:
         # The fastest tile of 128 channels that Hopper's matrix unit can take spills a little.
-        # What a little room costs is spilled outside the loops.
         forward = r.kernel.endswith("attend_fwd_kernel")
-        assert r.spilled <= (56 if forward else 0), r
+        assert r.spilled <= (56 if wide and forward and r.capability == 90 else 0), r
         if "attend_" in r.kernel and "finish" not in r.kernel:
             # Sums of probabilities are a product too narrow for Hopper's matrix unit.
-            narrow = "+HMMA" if r.kernel.endswith("attend_fwd_kernel") else ""
+            narrow = "+HMMA" if forward else ""
             assert r.matrix == {80: "HMMA", 90: f"HGMMA{narrow}"}[r.capability], r
             assert not r.serialised, r

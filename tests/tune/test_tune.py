@@ -494,6 +494,13 @@ def test_a_launch_that_ends_its_process_is_wrong_and_the_others_are_judged(
     assert reasons == [None, "its process ended with -11", "error 1 exceeds 0"]
     assert [launch_times.Question(*each).tried for each in inputs] == [asked.tried, asked.tried[2:]]
 
+    def late(*_: object, timeout: float, **__: object) -> None:
+        raise subprocess.TimeoutExpired([], timeout, output=b"null\n")
+
+    monkeypatch.setattr(subprocess, "run", late)
+    never = "it had not been judged after 5 s"
+    assert launch_times.apart(asked, [128], seconds=5) == [None, never, never]
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
