@@ -103,9 +103,11 @@ def _conv_attention_weights_bwd_kernel(
             dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)  # [BLOCK_N, BLOCK_C]
             o = tl.load(o_ptr + o_nc, mask=m_nc, other=0.0)
             dbq += tl.sum(dq.to(tl.float32), 0)
-            da = tl.dot(dq, wq.to(dtype), input_precision=PRECISION)
             raw = tl.dot(tl.trans(dq), a, raw, input_precision=PRECISION)
             dwo = tl.dot(tl.trans(o), t, dwo, input_precision=PRECISION)
+            # Last, since it is waited for, and with it the others: Triton fetches the next dq and t
+            # to where Hopper's matrix unit reads these, for they are summed besides.
+            da = tl.dot(dq, wq.to(dtype), input_precision=PRECISION)
         else:
             # The barrier shows what was added for the last tile to all threads.
             tl.debug_barrier()

@@ -133,7 +133,9 @@ def _lift_sums_kernel(
             pixels = ((i_b * H1 + y) * W1)[:, None] + o_x[None, :]
             m_v = (m_y & (o_ch < FG))[:, None] & (o_x < W1)[None, :]
             b_v = tl.load(v_ptr + pixels * SLOTS + o_ch[:, None], mask=m_v, other=0.0)
-            b_v = b_v.to(tl.float32)
+            # A factor made in registers: Triton would fetch the next tile to where Hopper's matrix
+            # unit reads this one, for it is summed besides.
+            b_v = tl.where((o_x < W1)[None, :], b_v.to(tl.float32), 0.0)
         else:
             b_v = tl.dot(b_w, tl.trans(b_p), input_precision=PRECISION)  # [BLOCK_M, BLOCK_X]
         if SOURCE == MASKED:

@@ -63,7 +63,8 @@ class Report(NamedTuple):
     ``serialised`` is whether each asynchronous matrix product is waited for before the next begins;
     ``beyond`` whether one has more warps along its rows than its tile has rows for; ``undefined``
     whether an address is added to before anything has written it, which ptxas has done to the
-    descriptors of such products and which on a GPU was an illegal address; ``writes`` whether
+    descriptors of such products and which on a GPU was an illegal address; ``overwritten`` whether
+    a tile is fetched into shared memory that such a product may still read; ``writes`` whether
     anything is written to memory at all: Triton has compiled a kernel to nothing.
     """
 
@@ -77,6 +78,7 @@ class Report(NamedTuple):
     serialised: bool
     beyond: bool
     undefined: bool
+    overwritten: bool
     writes: bool
 
 
@@ -152,6 +154,7 @@ def assemble(launch: Launch, capability: int) -> Report:
         "wgmma.mma_async instructions are serialized" in remarks,
         _beyond(compiled.asm["ttgir"]),
         _undefined(code.stdout),
+        _overwritten(compiled.asm["ttgir"]),
         re.search(r"\s(STG|UTMASTG|UBLKCP)", code.stdout) is not None,
     )
 
@@ -186,6 +189,65 @@ def _undefined(code: str) -> bool:
     return False
 
 
+def _overwritten(text: str) -> bool:
+    """Whether a loop fetches a tile to where a product that is not waited for may read another.
+
+    A buffer of N tiles, D of which are fetched before the loop, gets tile i + D while products of
+    tile i, or of tile i - 1, are under way: Triton gives a tile that is also summed, up to its
+    version 3.7, one place too few.
+    """
+    tiles: dict[str, int] = {}  # places of each buffer
+    depth: dict[str, int] = {}  # loops around it
+    ahead: dict[str, int] = {}
+    buffer: dict[str, str] = {}  # that a view is of
+    loops: list[list[tuple[str, str]]] = []
+    ends: list[str] = []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        name = line.partition("=")[0].strip()
+        reads = [buffer[v] for v in re.findall(r"%\w+", line.partition("=")[2]) if v in buffer]
+        if found := re.search(r"ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", line):
+            buffer[name], tiles[name] = name, int(found[1])
+            depth[name], ahead[name] = len(loops), 0
+        elif "ttg.memdesc_" in line and reads:
+            buffer[name] = reads[0]
+        elif "scf.for " in line:
+            loops.append([])
+            ends.append(indent + "}")
+        elif ends and line.startswith(ends[-1]):
+            ends.pop()
+            if _meets(loops.pop() * 2, tiles, ahead):
+                return True
+        elif "ttg.async_copy_global_to_local" in line:
+            for each in reads:
+                if depth[each] == len(loops):
+                    ahead[each] += 1
+                else:
+                    loops[-1].append(("fetch", each))
+        elif "ttng.warp_group_dot_wait" in line and loops:
+            loops[-1].append(("wait", (re.search(r"pendings = (\d+)", line) or ["", "0"])[1]))
+        elif "ttng.warp_group_dot" in line and loops:
+            loops[-1].append(("product", " ".join(reads)))
+    return False
+
+
+def _meets(events: list[tuple[str, str]], tiles: dict[str, int], ahead: dict[str, int]) -> bool:
+    """Whether in two turns of a loop a fetch meets a product that reads its place."""
+    pending: list[tuple[int, str]] = []
+    for at, (event, what) in enumerate(events):
+        turn = 2 * at // len(events)
+        if event == "product":
+            pending.append((turn, what))
+        elif event == "wait":
+            pending = pending[len(pending) - int(what) :] if int(what) < len(pending) else pending
+        elif any(
+            what in read.split() and (turn + ahead[what] - then) % tiles[what] == 0
+            for then, read in pending
+        ):
+            return True
+    return False
+
+
 def in_process(calls: str, *capabilities: int, **environment: str) -> list[Report]:
     """Assemble ``calls``, ``module:function``, where no interpreter is; assert what always holds.
 
@@ -202,6 +264,7 @@ def in_process(calls: str, *capabilities: int, **environment: str) -> list[Repor
         assert report.shared <= SHARED_LIMIT[report.capability], report
         assert not report.beyond, report
         assert not report.undefined, report
+        assert not report.overwritten, report
         assert report.writes, report
         found.append(report)
     assert found
