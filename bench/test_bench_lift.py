@@ -34,9 +34,9 @@ def work(case: Case) -> Work:
     """Count the block's multiply-accumulates and bytes.
 
     Inference is one convolution and one separable blur; images are read and the pooled maps
-    written. Training needs the convolution once more for the statistics and once to be recomputed,
-    the weight gradient once, and the transposed blur; maps, their gradient and a byte that says
-    which element won are read and written.
+    written. Training needs the convolution once more, to be recomputed, the weight gradient once,
+    and the transposed blur; its statistics follow from the products of every two pixels that one
+    filter meets. Maps, their gradient and a byte that says which element won are read and written.
     """
     batch, channels = case.shape[:2]
     width = DTYPES[case.dtype].itemsize
@@ -46,7 +46,9 @@ def work(case: Case) -> Work:
     images, maps = batch * channels * SIZE**2 * width, batch * blurred * FILTERS // 4
     if not case.training:
         return Work(convolution + blur, bytes=images + maps * width)
-    return Work(4 * convolution + 2 * blur, bytes=3 * images + maps * (2 * width + 2))
+    pairs = (channels * (2 * KERNEL - 1)) ** 2 // 2
+    statistics = batch * SIZE**2 * pairs
+    return Work(3 * convolution + statistics + 2 * blur, bytes=3 * images + maps * (2 * width + 2))
 
 
 class EscnnFront(nn.Module):

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from . import launches
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The dtypes that kernels take, by Triton's names.
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+DTYPES = tuple(TL_DTYPES)
 CAPABILITY = (8, 0)
 # Programs of a loop over tiles where there is no multiprocessor to count: the interpreter.
 INTERPRETED_PROGRAMS = 3

@@ -48,14 +48,14 @@ class Kernel(NamedTuple):
     is made by multiplications (0: none), STEP how many of the rows fetched together are multiplied
     at a time, RELOADED whether a program reads back what it wrote rather than keep it, REGISTERS
     how many a thread may have (0: as many as the assembler likes); the rest are Triton's options.
-    ``rows`` is the field that counts the rows of a matrix product whose result is a factor of the
-    next: there Triton stacks all warps.
+    ``rows`` counts the rows of a matrix product whose result enters the next one, or is the field
+    that does: there Triton stacks all warps.
     """
 
     fields: dict[str, tuple[int, ...]]
     shapes: tuple[str, ...] = ("any",)
     bits: tuple[int, ...] = (16, 32)
-    rows: str = ""
+    rows: str | int = 0
 
 
 # ``lift_plan`` is no kernel: it says how filters and taps fill the tiles of conv and sums.
@@ -71,6 +71,17 @@ KERNELS = {
         {"BLOCK_M": (64, 128), "BLOCK_X": TILE, "HALVES": (0, 1), **WARPS, **STAGES, **RESIDENT},
         TAPS,
         rows="BLOCK_M",
+    ),
+    "lift_gram": Kernel(
+        {"BLOCK_X": TILE, "HALVES": (0, 1), **WARPS, **STAGES, **RESIDENT},
+        ("K128", "K256"),
+        rows=64,
+    ),
+    "lift_gram_fold": Kernel(
+        {"BLOCK_R": (8, 16, 32, 64), "BLOCK_T": (16, 32, 64, 128), **WARPS}, bits=(32,)
+    ),
+    "lift_gram_finish": Kernel(
+        {"BLOCK_R": (16, 32), "BLOCK_T": (32, 64, 128, 256), **WARPS}, bits=(32,)
     ),
     "lift_finish": Kernel(
         {
@@ -278,10 +289,11 @@ def too_few_rows(kernel: str, launch: Launch, capability: int) -> str | None:
     whether there are as many rows or not, and its program then read illegal addresses on an H100
     or gave wrong gradients. Tiles of less than 64 rows go to the older unit, which is right.
     """
-    rows = launch[KERNELS[kernel].rows] if KERNELS[kernel].rows else 0
+    known = KERNELS[kernel].rows
+    rows = launch[known] if isinstance(known, str) else known
     if 90 <= capability < 100 and 64 <= rows < 16 * launch["num_warps"]:
         return (
-            f"{launch['num_warps']} warps need {KERNELS[kernel].rows} of "
+            f"{launch['num_warps']} warps need {known if isinstance(known, str) else 'rows'} of "
             f"{16 * launch['num_warps']} or more on this class, got {rows}"
         )
     return None

@@ -20,6 +20,8 @@ shifted bank cost 2/9 of the product; with them a pass does 45 GFLOP at batch 12
 is NaN, so tiles with something not finite under them, which the copy marks, are made a second time,
 one image row after the other.
 
+**The statistics need no u** where there are few taps and a mask: see ``lift_gram``.
+
 **What goes through memory.** ``u`` is never kept. The blur needs neighbours, which a matrix tile
 cannot give cheaply: its rectified values are written once (160 MB in 16 bits at batch 128), and a
 second kernel blurs down columns, then along rows between the lanes of a warp, and takes the
@@ -41,6 +43,7 @@ from . import launches
 from .common import DTYPES, refusal
 from .lift_blur import blur_and_pool, unblur
 from .lift_conv import AFFINE, GRADIENT, RAW, RELU, input_gradient_of, values
+from .lift_gram import gram_moments, gram_of
 from .lift_norm import moments_backward, norm, norm_backward, scale_gradient
 from .lift_sums import Sums
 from .lift_tile import factors, parts, plan, sizes
@@ -112,8 +115,8 @@ def moments(
     Returns:
         ``mean`` and ``variance`` ``[F]``; ``ux`` as ``bank``, the sum of u times the patch under
         it; ``ones_x`` ``[C, k, k]``, the sum of the patches. The last two are ``[0]`` without
-        ``correlate``. All float32, from the float32 accumulators (from the stored values where
-        the taps do not fit one tile).
+        ``correlate``. All float32, from float32 accumulators (of u's stored values where the taps
+        do not fit one tile, or of products of the image with itself: ``lift_gram``).
     """
     s = sizes(x, bank, stride, padding)
     p = plan(x, s, s.fields * s.order + correlate)
@@ -123,6 +126,10 @@ def moments(
         ones = bank.new_empty(bank.shape[2:])
     if s.batch == 0:
         return mean.zero_(), variance.zero_(), ux.zero_(), ones.zero_()
+    if (g := gram_of(x, mask, s, p)) is not None:
+        taps = ones if correlate else bank.new_empty(bank.shape[2:])
+        gram_moments(x, bank, mask, s, g, mean, variance, ux if correlate else None, taps)
+        return mean, variance, ux, ones
     sums = Sums(x, s, p, correlate)
     for part in parts(x, s):
         f = factors(part, mask, bank, s, p if p.single else plan(x, s, s.fields * s.order))

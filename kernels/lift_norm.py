@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launches
 from .batch_norm import store_affine, store_affine_gradients
-from .common import cdiv
+from .common import TL_DTYPES, cdiv
 
 
 @triton.jit(do_not_specialize=["fields"])
@@ -181,8 +181,7 @@ def scale_gradient(
     """
     dscale = torch.empty_like(scale)
     launch = launches.find("lift_scale_bwd", scale)
-    rounded = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     _lift_scale_bwd_kernel[(len(scale),)](
-        products, bank, scale, dscale, bank[0].numel(), ROUNDED=rounded[dtype], **launch
+        products, bank, scale, dscale, bank[0].numel(), ROUNDED=TL_DTYPES[dtype], **launch
     )
     return products, dscale

@@ -34,7 +34,7 @@ def _halves(x):
 
 
 @triton.jit
-def _add_products(total, b_v, b_p, PRECISION: tl.constexpr, HALVES: tl.constexpr):
+def add_products(total, b_v, b_p, PRECISION: tl.constexpr, HALVES: tl.constexpr):
     """Return ``total + b_v b_p``, for values [row, x] and patches [x, tap].
 
     A patch lies in memory tap by tap, and this product walks over x. Hopper's matrix unit takes
@@ -163,7 +163,7 @@ def _lift_sums_kernel(
         else:
             mean += tl.sum(b_v, 1)
         if CORRELATE:
-            products = _add_products(products, b_v, b_p, PRECISION, HALVES)
+            products = add_products(products, b_v, b_p, PRECISION, HALVES)
         tile, col, row = next_tile(tile, col, row, row_tiles, col_tiles)
     i_p = tl.program_id(0).to(tl.int64)
     height = tl.num_programs(1) * BLOCK_M

@@ -270,14 +270,17 @@ def _lift_prepare_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Make both factors of the product: the first ``images`` programs copy, the rest lay out."""
+    """Make both factors of the product, or (bank_ptr None) the image alone.
+
+    The first ``images`` programs copy it, the rest lay the bank out.
+    """
     program = tl.program_id(0)
     if program < images:
         _copy_image(
             program, x_ptr, mask_ptr, xp_ptr, bad_ptr, C, H, W, HP, WP, WU, padding, blocks,
             stride_xb, stride_xc, stride_xh, stride_xw, E, BLOCK_E, BLOCK_P, PRECISION,
         )  # fmt: skip
-    else:
+    elif bank_ptr is not None:
         _lay_bank_out(
             program - images, bank_ptr, None, out_ptr, C, FG, total, ROWS, TY, STRIDE, G, E,
             KERNEL, KP, False, BLOCK, PRECISION,
@@ -321,20 +324,40 @@ class Factors(NamedTuple):
 
 def factors(x: Tensor, mask: Tensor | None, bank: Tensor, s: Sizes, p: Plan) -> Factors:
     """Return both factors of the product of a part of the batch."""
+    left = torch.empty(p.height, p.padded, dtype=x.dtype, device=x.device)
+    image, bad = _prepare(x, mask, bank, left, s, p.rows, p.ty)
+    return Factors(image, bad, left, p)
+
+
+def padded_image(x: Tensor, mask: Tensor | None, s: Sizes) -> Tensor:
+    """Return the image as :func:`factors` does, alone."""
+    return _prepare(x, mask, None, None, s, 1, 1)[0]
+
+
+def _prepare(
+    x: Tensor,
+    mask: Tensor | None,
+    bank: Tensor | None,
+    left: Tensor | None,
+    s: Sizes,
+    rows: int,
+    ty: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the padded image and its marks, and fill ``left``."""
     blocks = cdiv(s.hp * s.wp, s.block_p)
     image = torch.empty(x.shape[0], s.hp, s.wp, s.slots, dtype=x.dtype, device=x.device)
     bad = torch.empty(x.shape[0], blocks, dtype=torch.int32, device=x.device)
-    left = torch.empty(p.height, p.padded, dtype=x.dtype, device=x.device)
     launch = launches.find("lift_prepare", x)
     images = x.shape[0] * blocks
-    _lift_prepare_kernel[(images + cdiv(left.numel(), launch["BLOCK"]),)](
+    total, taps = (0, 1) if left is None else (left.numel(), left.shape[1])
+    _lift_prepare_kernel[(images + cdiv(total, launch["BLOCK"]),)](
         x, mask, image, bad, bank, left, images, s.channels, s.height, s.width, s.hp, s.wp,
         (s.w1 - 1) * s.stride + s.kernel, s.padding, blocks, *x.stride(), s.fields * s.order,
-        left.numel(), ROWS=p.rows, TY=p.ty, STRIDE=s.stride, G=s.order, E=s.slots, KERNEL=s.kernel,
-        KP=p.padded, BLOCK_E=power_of_2(s.slots), BLOCK_P=s.block_p,
+        total, ROWS=rows, TY=ty, STRIDE=s.stride, G=s.order, E=s.slots, KERNEL=s.kernel,
+        KP=taps, BLOCK_E=power_of_2(s.slots), BLOCK_P=s.block_p,
         PRECISION=precision(convolution=True), **launch,
     )  # fmt: skip
-    return Factors(image, bad, left, p)
+    return image, bad
 
 
 def transposed_bank(

@@ -24,8 +24,9 @@ def step(batch: int) -> None:
 
     image, half = {"stride": 1, "padding": 1}, torch.bfloat16
     block = image | {"blur_stride": 1, "pool": True}
-    x, bank, mask, field = new(batch, 3, 129, 129, dtype=half), new(10, 4, 3, 7, 7), None, new(10)
-    lift.moments(x, bank, mask, correlate=True, **image)
+    x, bank, field = new(batch, 3, 129, 129, dtype=half), new(10, 4, 3, 7, 7), new(10)
+    for mask in (None, new(129, 129)):
+        lift.moments(x, bank, mask, correlate=True, **image)
     y, arg = lift.apply(x, bank, mask, field, field, new(5), **block)
     lift.apply_backward(y, arg, x, bank, mask, field, field, new(5), input_gradient=False, **block)
     vector, seed = new(32), new(1, dtype=torch.int64)
