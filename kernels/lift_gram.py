@@ -16,7 +16,7 @@ are 90, and no filter is asked for: 40 or 400, it is the same. A second kernel a
 a pair of filter rows has seen, a third multiplies with the filters.
 
 Sum u^2 / n - mean^2 is as wrong as the sums are, times the share of u that cancels. Of masked
-images, which zeros surround, that has been up to 1,300 times the variance, for an error of 1e-5 in
+images, which zeros surround, that has been up to 1,000 times the variance, for an error of 1e-5 in
 float32 sums; others can cancel wholly, and go to ``lift_sums``, as do products of float32 itself.
 """
 
