@@ -127,8 +127,8 @@ def moments(
     if s.batch == 0:
         return mean.zero_(), variance.zero_(), ux.zero_(), ones.zero_()
     if (g := gram_of(x, mask, s, p)) is not None:
-        taps = ones if correlate else bank.new_empty(bank.shape[2:])
-        gram_moments(x, bank, mask, s, g, mean, variance, ux if correlate else None, taps)
+        wanted = (ux, ones) if correlate else (None, None)
+        gram_moments(x, bank, mask, s, g, mean, variance, *wanted)
         return mean, variance, ux, ones
     sums = Sums(x, s, p, correlate)
     for part in parts(x, s):

@@ -31,9 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launches
-from .common import TL_DTYPES, cdiv, padded, power_of_2, precision, programs, tf32_factor
+from .common import TL_DTYPES, cdiv, padded, precision, tf32_factor
 from .lift_sums import add_products
-from .lift_tile import Plan, Sizes, padded_image, parts, patches, unrolled
+from .lift_tile import Plan, Sizes, padded_image, parts, patches, programs_of, unrolled
 
 # Rows of a product, as many as Hopper's matrix unit takes; the last is one of ones.
 ROWS = 64
@@ -65,8 +65,7 @@ def gram_of(x: Tensor, mask: Tensor | None, s: Sizes, p: Plan) -> Gram | None:
 def _gram(kernel: int, slots: int) -> Gram | None:
     piece = kernel * slots
     found = [
-        Gram(ty, power_of_2(max(16, (ty + kernel - 1) * piece)))
-        for ty in range(1, (ROWS - 1) // piece + 1)
+        Gram(ty, padded((ty + kernel - 1) * piece)) for ty in range(1, (ROWS - 1) // piece + 1)
     ]
     found = [g for g in found if g.columns <= 256]
     return min(found, key=lambda g: g.columns / g.ty, default=None)
@@ -265,7 +264,7 @@ def gram_moments(
     mean: Tensor,
     variance: Tensor,
     ux: Tensor | None,
-    ones: Tensor,
+    ones: Tensor | None,
 ) -> None:
     """Write the moments of u, and its sums with the patches, as ``lift.moments`` returns them.
 
@@ -278,24 +277,20 @@ def gram_moments(
         mean: ``[F]`` float32, as is ``variance``.
         variance: the biased one.
         ux: as ``bank``, or None if not wanted.
-        ones: ``[C, k, k]`` float32.
+        ones: ``[C, k, k]`` float32, or None if not wanted.
     """
     launch = launches.find("lift_gram", x, g.shape)
-    block_x = min(launch.pop("BLOCK_X"), max(16, power_of_2(s.w1)))
+    block_x = min(launch.pop("BLOCK_X"), padded(s.w1))
     resident = launch.pop("RESIDENT")
     row_tiles = cdiv(s.hp, g.ty)
-    shares = []
-    for part in parts(x, s):
-        images = part.shape[0]
-        each = cdiv(images, max(1, programs(x, resident, images * row_tiles) // row_tiles))
-        shares.append((part, each, cdiv(images, each)))
-    groups = sum(n for _, _, n in shares)
+    grids = [programs_of(x, len(part), resident, row_tiles) for part in parts(x, s)]
+    groups = sum(n for n, _ in grids)
     like = {"dtype": torch.float32, "device": x.device}
     products = torch.empty(groups, row_tiles, ROWS, g.columns, **like)
     done = 0
-    for part, each, n in shares:
+    for part, (n, each) in zip(parts(x, s), grids, strict=True):
         _lift_gram_kernel[(row_tiles, n)](
-            padded_image(part, mask, s), products[done:], part.shape[0], each, s.w1, s.hp, s.wp,
+            padded_image(part, mask, s), products[done:], len(part), each, s.w1, s.hp, s.wp,
             STRIDE=s.stride, E=s.slots, KERNEL=s.kernel, TY=g.ty,
             PRECISION=precision(convolution=True), BLOCK_M=ROWS, BLOCK_N=g.columns,
             BLOCK_X=block_x, **launch,
@@ -303,6 +298,7 @@ def gram_moments(
         done += n
     taps = s.channels * s.kernel**2
     gram = torch.empty(taps, taps, **like)
+    ones = torch.empty(taps, **like) if ones is None else ones
     launch = launches.find("lift_gram_fold", gram)
     blocks = cdiv((s.channels * s.kernel) ** 2, launch["BLOCK_T"])
     _lift_gram_fold_kernel[(s.kernel, s.kernel + 1, blocks)](

@@ -226,7 +226,7 @@ def _overwritten(text: str) -> bool:
                     loops[-1].append(("fetch", each))
         elif "ttng.warp_group_dot_wait" in line and loops:
             loops[-1].append(("wait", (re.search(r"pendings = (\d+)", line) or ["", "0"])[1]))
-        elif "ttng.warp_group_dot" in line and loops:
+        elif "ttng.warp_group_dot" in line and "isAsync = true" in line and loops:
             loops[-1].append(("product", " ".join(reads)))
     return False
 
