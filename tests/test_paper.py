@@ -11,6 +11,7 @@ from rich.console import Console
 import eqcvt
 from bench import paper
 from bench.paper import Paper
+from eqcvt.data import load
 
 
 def small(out: Path, **settings: object) -> Paper:
@@ -95,6 +96,25 @@ def test_rows_of_other_models_stay_in_the_table(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == both["rows"]
     with pytest.raises(ValueError, match=r"rows made with epochs=1, got 2.*another --out"):
         paper.run(small(tmp_path, models=("exact",), seeds=1, epochs=2), lambda _: None)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_too_faint_begins_with_heavier_subhalos(tmp_path: Path) -> None:
+    run = small(tmp_path, models=("cvt",), seeds=1, epochs=2)
+    (row,) = paper.run(run, lambda _: None)["rows"]
+    assert [len(row["lesson"]), len(row["history"])] == [1, 2]
+    assert row["seconds"] == sum(epoch["seconds"] for epoch in row["lesson"] + row["history"])
+    fractions = load(tmp_path / "control" / "lesson.npz").parameters["subhalo_mass_fraction"]
+    assert 0.25 <= fractions[1] <= 0.35
+    config, lesson = (make("control", "cvt", "ours", 0) for make in (run.config, run.lesson))
+    assert lesson is not None
+    assert (config.init, lesson.init) == (lesson.out, None)
+    assert (config.augment, lesson.augment) == ("dihedral", "dihedral")
+    for other in (
+        run.lesson("deeplense", "cvt", "ours", 0),
+        run.lesson("control", "cvt", "poster", 0),
+    ):
+        assert other is None
 
 
 @pytest.mark.usefixtures("undrawn")
