@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from eqcvt._check import choice, integer
 
-MODES = ("rotate", "dihedral", "none")
+MODES = ("rotate", "dihedral", "mixed", "none")
 # Images turned together on the CPU: their fine grids then stay in its cache.
 CPU_PART = 8
 
@@ -76,7 +76,8 @@ class Augment(nn.Module):
 
     Args:
         mode: ``rotate``: any angle in [-180, 180) degrees, with half the noise; ``dihedral``: exact
-            quarter turns and mirror images, of square images; ``none``: unchanged.
+            quarter turns and mirror images, of square images; ``mixed``: the first half of a batch
+            by any angle, the rest exactly; ``none``: unchanged.
         supersample: Factor of the finer grid on which ``rotate`` works.
     """
 
@@ -106,18 +107,27 @@ class Augment(nn.Module):
             )
         if self.mode == "none" or not self.training or images.shape[0] == 0:
             return images
-        if self.mode == "rotate":
-            uniform = torch.rand(images.shape[0], device=images.device)
-            return rotate(images, uniform * 360 - 180, self.supersample)
-        if images.shape[-1] != images.shape[-2]:
+        if self.mode != "rotate" and images.shape[-1] != images.shape[-2]:
             raise ValueError(
                 f"quarter turns need square images, got {images.shape[-2]}x{images.shape[-1]}"
             )
-        quarter, half, mirror = torch.rand(3, images.shape[0], 1, 1, 1, device=images.device) < 0.5
-        images = torch.where(quarter, images.rot90(1, (2, 3)), images)
-        images = torch.where(half, images.rot90(2, (2, 3)), images)
-        return torch.where(mirror, images.flip(3), images)
+        if self.mode == "mixed":
+            first, rest = torch.tensor_split(images, 2)
+            return torch.cat([self._any_angle(first), _quarter_turns(rest)])
+        return self._any_angle(images) if self.mode == "rotate" else _quarter_turns(images)
+
+    def _any_angle(self, images: Tensor) -> Tensor:
+        uniform = torch.rand(images.shape[0], device=images.device)
+        return rotate(images, uniform * 360 - 180, self.supersample)
 
     def extra_repr(self) -> str:
         """Show the settings in the module's repr."""
         return f"mode={self.mode!r}, supersample={self.supersample}"
+
+
+def _quarter_turns(images: Tensor) -> Tensor:
+    """Turn and mirror each image at random, exactly."""
+    quarter, half, mirror = torch.rand(3, images.shape[0], 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(quarter, images.rot90(1, (2, 3)), images)
+    images = torch.where(half, images.rot90(2, (2, 3)), images)
+    return torch.where(mirror, images.flip(3), images)

@@ -77,11 +77,13 @@ class TrainConfig:
         ema: decay of the averaged weights, per step, 0 for none. The averaged weights are then
             the ones validated and saved as the model.
         recalibrate: training batches on which the running statistics of batch norm are estimated
-            anew before each validation, from images that are not augmented; 0 to keep the running
-            ones. Those lag behind the weights in short runs, and belong to turned images, whose
-            noise is smoother: validation then looks worse than the model is, and swings.
+            anew before each validation, from images that are not augmented (but with ``mixed``,
+            which has such images as well); 0 to keep the running ones. Those lag behind the weights
+            in short runs, and belong to turned images, whose noise is smoother: validation then
+            looks worse than the model is, and swings.
         early_stopping: epochs without a better validation result before stopping, 0 for never.
-        augment: ``rotate`` (any angle) | ``dihedral`` (exact quarter turns and flips) | ``none``.
+        augment: ``rotate`` (any angle, which smooths the noise) | ``dihedral`` (exact quarter turns
+            and flips) | ``mixed`` (half of each batch by either) | ``none``.
         supersample: how many times larger the image is while ``rotate`` turns it.
         deterministic: refuse operations whose result depends on the order of threads.
         compile: run the model through ``torch.compile``.

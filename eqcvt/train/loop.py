@@ -347,11 +347,14 @@ class _Run:
         """Estimate the running statistics of the model to validate on training batches.
 
         On images as validation has them: turning smooths their noise, which moves the statistics.
+        Weights that were trained with both kinds keep the statistics of both.
         """
         model = self.state.validated
+        both = self.config.augment == "mixed"
         batches = islice(self.batches, self.config.recalibrate)
+        images = (model_input(model, images) for images, _ in batches)
         with torch.no_grad():
-            update_bn((model_input(model, images) for images, _ in batches), model)
+            update_bn(map(self.augment, images) if both else images, model)
 
     def _validate(self) -> Tensor:
         """The logits of all validation images, [N, K] on the CPU; each process makes its share."""

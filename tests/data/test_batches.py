@@ -123,13 +123,23 @@ def test_dihedral_is_exact_and_reaches_all_eight():
     assert counts.sum() == 400
 
 
-@pytest.mark.parametrize("mode", ["rotate", "dihedral", "none"])
+@pytest.mark.parametrize("mode", ["rotate", "dihedral", "mixed", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 1, 9, 9), (1, 3, 8, 8), (0, 1, 9, 9)])
 def test_shape_and_type_stay(mode, dtype, shape):
     batch = images(*shape, dtype=dtype)
     turned = Augment(mode)(batch)
     assert (turned.shape, turned.dtype) == (batch.shape, batch.dtype)
+
+
+def test_mixed_turns_half_by_any_angle_and_half_exactly():
+    torch.manual_seed(0)
+    image = images(1, 2, 9, 9)
+    turned = Augment("mixed")(image.expand(401, -1, -1, -1))
+    exact = [any(torch.equal(one, e[0]) for e in elements(image)) for one in turned]
+    assert exact == [False] * 201 + [True] * 200
+    assert len({one.numpy().tobytes() for one in turned[201:]}) == 8
+    assert len({one.numpy().tobytes() for one in turned[:201]}) == 201
 
 
 def test_rotation_uses_one_angle_per_image_and_torchs_generator():
@@ -232,8 +242,9 @@ def test_augment_refuses():
         Augment()(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\[B, C, H, W\], got \[4, 4\]"):
         Augment()(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match="quarter turns need square images, got 4x5"):
-        Augment("dihedral")(torch.zeros(1, 1, 4, 5))
+    for mode in ("dihedral", "mixed"):
+        with pytest.raises(ValueError, match="quarter turns need square images, got 4x5"):
+            Augment(mode)(torch.zeros(1, 1, 4, 5))
     with pytest.raises(ValueError, match="did you mean 'rotate'"):
         Augment("rotated")
     with pytest.raises(ValueError, match="supersample must be at least 1"):

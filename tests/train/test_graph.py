@@ -105,6 +105,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adam": {},
     "random": {"augment": "rotate"},
     "quarter turns": {"augment": "dihedral"},
+    "mixed": {"augment": "mixed"},
     "everything": {"optimizer": torch.optim.AdamW, "clip": 0.1, "decay": 0.75, "augment": "rotate"},
     "bf16": {"amp": torch.bfloat16},
 }
@@ -428,7 +429,8 @@ def test_replays_equal_plain_steps_on_the_gpu(case: str, dropout: float) -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "random", [{"augment": "rotate"}, {"augment": "dihedral"}, {"dropout": 0.5}]
+    "random",
+    [{"augment": "rotate"}, {"augment": "dihedral"}, {"augment": "mixed"}, {"dropout": 0.5}],
 )
 def test_every_replay_draws_new_numbers(random: dict[str, Any]) -> None:
     model = tiny_model("cuda", dropout=random.get("dropout", 0.0))

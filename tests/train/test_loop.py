@@ -172,6 +172,17 @@ def test_average_follows_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checked > 10
 
 
+def test_recalibrated_statistics_of_mixed_images_are_those_of_both_kinds(tmp_path: Path) -> None:
+    variances = {}
+    for augment in ("none", "mixed", "rotate"):
+        run = config(tmp_path, epochs=1, batch_size=12, augment=augment, recalibrate=99, lr=1e-9)
+        train(run, quiet=True, overwrite=True)
+        name = "lift.0.norm.running_var"
+        variances[augment] = load_file(tmp_path / "run" / "last" / "model.safetensors")[name]
+    assert torch.allclose(variances["rotate"], variances["none"], rtol=1e-3)
+    assert (variances["mixed"] < 0.95 * variances["none"]).all()
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_recalibrated_statistics_are_those_of_the_training_images_as_stored(
     tmp_path: Path, ema: float
