@@ -92,7 +92,7 @@ def whole_step(
     amp = torch.bfloat16 if case.dtype == "bfloat16" else None
     if case.case == "loaded step":
         batches = loader(images, labels)
-        prepare = partial(_gather, batches, Augment("rotate"), module)  # what training does
+        prepare = partial(_gather, batches, Augment(), module)  # as training does
         kind = GraphedStep if graph else Step
         loaded = kind(module, optimizer, prepare=prepare, amp=amp)
         places = cycle(list(batches.places()))

@@ -34,7 +34,7 @@ from bench.origin import commit, device_name
 from eqcvt import demo, load_model, plots, report
 from eqcvt._check import AMP, choice
 from eqcvt._files import read_json, replacing_folder, write_json
-from eqcvt.data import load, simulate
+from eqcvt.data import MODES, load, simulate
 from eqcvt.models import VisionModel
 from eqcvt.models.registry import PRETRAINED
 from eqcvt.nn import set_backend
@@ -78,6 +78,7 @@ class Paper:
         epochs, batch_size: the same for every run; the poster's recipe has 40 epochs.
         device: ``auto`` | ``cpu`` | ``cuda``; on a GPU our recipe's steps are graphed.
         amp: ``off`` | ``bf16`` | ``fp16`` | ``auto``, bfloat16 on a GPU: our recipe's precision.
+        augment: how our recipe turns training images, by default as the set wants it.
         init: trained weights that every run starts from, by default none; of one model only.
     """
 
@@ -93,6 +94,7 @@ class Paper:
     batch_size: int = 64
     device: str = "auto"
     amp: str = "auto"
+    augment: str | None = None
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class Paper:
             ("model", self.models, tuple(MODELS)),
             ("recipe", self.recipes, tuple(RECIPES)),
             ("amp", (self.amp,), ("auto", *AMP)),
+            ("augmentation", (self.augment,) if self.augment else (), MODES),
         ):
             for name in given:
                 choice(what, name, allowed)
@@ -132,6 +135,7 @@ class Paper:
         _, name, lr = MODELS[model]
         amp = ("bf16" if gpu else "off") if self.amp == "auto" else self.amp
         ours = {"lr": lr, "ema": 0.99, "amp": amp, "cuda_graph": gpu, **OURS.get(of, {})}
+        ours |= {"augment": self.augment} if self.augment else {}
         folder = str(self.folder(of, model, recipe, seed))
         return TrainConfig.from_dict(
             {
@@ -387,6 +391,9 @@ def _card(paper: Paper, content: Mapping[str, Any], row: Mapping[str, Any]) -> d
     config = paper.config(row["set"], row["model"], row["recipe"], row["seed"]).to_dict()
     if row.get("lesson"):  # in place of its folder's name
         config["init"] = {"epochs": len(row["lesson"]), "changed": LESSONS[row["set"]]}
+    elif paper.init and (before := PRETRAINED / paper.init / "card.json").is_file():
+        known = read_json(before)  # of the model that this one may be about to replace
+        config["init"] = {"name": paper.init, **{k: known[k] for k in ("trained", "commit")}}
     test = row["test"]["best"]
     return {
         "trained": {k: row[k] for k in ("set", "recipe", "seed", "epochs", "best_epoch")},
@@ -424,6 +431,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = Paper.batch_size,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:i")] = Paper.device,
     amp: Annotated[str, typer.Option(help=f"auto | {' | '.join(AMP)}")] = Paper.amp,
+    augment: Annotated[str | None, typer.Option(help=" | ".join(MODES))] = Paper.augment,
     init: Annotated[str | None, typer.Option(help="Go on from a trained model.")] = Paper.init,
     put: Annotated[bool, typer.Option("--ship", help="Put the best into eqcvt/weights.")] = False,
 ) -> None:
@@ -440,6 +448,7 @@ def main(
         batch_size=batch_size,
         device=device,
         amp=amp,
+        augment=augment,
         init=init,
     )
     screen = Console(width=None if Console().is_terminal else 160)

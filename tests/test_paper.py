@@ -85,6 +85,18 @@ def test_the_precision_is_that_of_our_recipe_alone(tmp_path: Path) -> None:
         small(tmp_path, amp="bf-16")
 
 
+def test_our_recipe_alone_turns_images_as_asked(tmp_path: Path) -> None:
+    runs = [("deeplense", "ours"), ("control", "ours"), ("control", "poster")]
+    for asked, found in (
+        (None, ["mixed", "dihedral", "rotate"]),
+        ("none", ["none", "none", "rotate"]),
+    ):
+        run = small(tmp_path, augment=asked)
+        assert [run.config(of, "cvt", recipe, 0).augment for of, recipe in runs] == found
+    with pytest.raises(ValueError, match="did you mean 'mixed'"):
+        small(tmp_path, augment="mix")
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_rows_of_other_models_stay_in_the_table(tmp_path: Path) -> None:
     first = paper.run(small(tmp_path, models=("cvt",), seeds=1), lambda _: None)

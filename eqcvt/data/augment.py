@@ -81,7 +81,7 @@ class Augment(nn.Module):
         supersample: Factor of the finer grid on which ``rotate`` works.
     """
 
-    def __init__(self, mode: str = "rotate", supersample: int = 3) -> None:
+    def __init__(self, mode: str = "mixed", supersample: int = 3) -> None:
         super().__init__()
         self.mode = choice("augmentation", mode, MODES)
         self.supersample = integer("supersample", supersample)

@@ -119,7 +119,7 @@ class TrainConfig:
     ema: float = 0.0
     recalibrate: int = 32
     early_stopping: int = 0
-    augment: str = "rotate"
+    augment: str = "mixed"
     supersample: int = 3
     seed: int = 0
     deterministic: bool = False

@@ -145,12 +145,12 @@ def test_mixed_turns_half_by_any_angle_and_half_exactly():
 def test_rotation_uses_one_angle_per_image_and_torchs_generator():
     batch = images(1, 1, 33, 33).expand(6, -1, -1, -1)
     torch.manual_seed(4)
-    first = Augment()(batch)
+    first = Augment("rotate")(batch)
     assert len({image.numpy().tobytes() for image in first}) == 6
-    assert not torch.equal(Augment()(batch), first)
+    assert not torch.equal(Augment("rotate")(batch), first)
     torch.manual_seed(4)
-    assert torch.equal(Augment()(batch), first)
-    assert Augment()(images(2, 1, 9, 5)).shape == (2, 1, 9, 5)
+    assert torch.equal(Augment("rotate")(batch), first)
+    assert Augment("rotate")(images(2, 1, 9, 5)).shape == (2, 1, 9, 5)
 
 
 def disc(size, x, y):
@@ -224,7 +224,7 @@ def test_rotation_smooths_noise_as_documented():
 
 def test_angles_cover_the_circle():
     torch.manual_seed(0)
-    turned = Augment(supersample=1)(disc(33, 10.0, 0.0).expand(600, -1, -1, -1))
+    turned = Augment("rotate", supersample=1)(disc(33, 10.0, 0.0).expand(600, -1, -1, -1))
     place = turned.flatten(1).argmax(dim=1)
     angle = torch.atan2(16.0 - place // 33, place % 33 - 16.0)
     counts = torch.histc(angle, bins=8, min=-np.pi, max=np.pi)
@@ -239,9 +239,9 @@ def test_evaluation_mode_leaves_images():
 
 def test_augment_refuses():
     with pytest.raises(TypeError, match=r"got torch\.uint8: scale them with eqcvt\.data\.to_unit"):
-        Augment()(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
+        Augment("rotate")(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\[B, C, H, W\], got \[4, 4\]"):
-        Augment()(torch.zeros(4, 4))
+        Augment("rotate")(torch.zeros(4, 4))
     for mode in ("dihedral", "mixed"):
         with pytest.raises(ValueError, match="quarter turns need square images, got 4x5"):
             Augment(mode)(torch.zeros(1, 1, 4, 5))
@@ -249,4 +249,4 @@ def test_augment_refuses():
         Augment("rotated")
     with pytest.raises(ValueError, match="supersample must be at least 1"):
         Augment(supersample=0)
-    assert "rotate" in repr(Augment())
+    assert "mixed" in repr(Augment())
