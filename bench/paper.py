@@ -329,16 +329,22 @@ def over_seeds(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _turned(row: Mapping[str, Any], name: str) -> float:
+    """Return a number that rows of an older version lack."""
+    return float(row["test"]["best"]["rotation"].get(name, math.nan))
+
+
 # Column, its number from a row, its form.
 COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], float], str], ...] = (
     ("val acc.\nbest, %", lambda r: 100 * r["val_best"], ".1f"),
     ("val acc.\nlast, %", lambda r: 100 * r["val_last"], ".1f"),
     ("test acc.\nbest, %", lambda r: 100 * r["test"]["best"]["accuracy"], ".1f"),
     ("test acc.\nlast, %", lambda r: 100 * r["test"]["last"]["accuracy"], ".1f"),
+    ("turned\n+ 22.5°, %", lambda r: 100 * _turned(r, "accuracy_22"), ".1f"),
     ("AUC", lambda r: r["test"]["best"]["auc"][-1], ".4f"),
     ("calibr.\nerror, %", lambda r: 100 * r["test"]["best"]["ece"], ".1f"),
     ("std of logits\n8 x 45°", lambda r: r["test"]["best"]["rotation"]["std_45"], ".3f"),
-    ("the same\n+ 22.5°", lambda r: r["test"]["best"]["rotation"].get("std_22", math.nan), ".3f"),
+    ("the same\n+ 22.5°", lambda r: _turned(r, "std_22"), ".3f"),
     ("std of logits\ngroup", lambda r: r["test"]["best"]["rotation"]["std_group"], ".2g"),
     ("training\ns", lambda r: r["seconds"], ".0f"),
 )

@@ -171,7 +171,7 @@ def _draw_attention(
 
 def whole(result: Mapping[str, Any]) -> bool:
     """Return whether an evaluation that was kept has all that one has today."""
-    return "std_22" in result["rotation"]
+    return "accuracy_22" in result["rotation"]
 
 
 def summary(
@@ -184,14 +184,20 @@ def summary(
         title: text above the table.
         full: show calibration and the spread over the model's group too.
     """
+
+    def turned(name: str, form: Callable[[float], str]) -> Callable[[Mapping[str, Any]], str]:
+        """Return what shows a number that evaluations of an older version lack."""
+        return lambda r: form(r["rotation"][name]) if name in r["rotation"] else "-"
+
     timed = any("seconds" in r for r in results.values())
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "para-\nmeters": lambda r: f"{r['parameters']:,}",
         "accu-\nracy": lambda r: f"{100 * r['accuracy']:.1f} %",
+        "turned\n+22.5°": turned("accuracy_22", lambda share: f"{100 * share:.1f} %"),
         "AUC": lambda r: "-" if None in r["auc"] else f"{float(np.mean(r['auc'])):.3f}",
         "cal.\nerror": lambda r: f"{100 * r['ece']:.1f} %",
         "std of\nlogits\n8x45°": lambda r: f"{r['rotation']['std_45']:.3f}",
-        "the\nsame\n+22.5°": lambda r: f"{r['rotation']['std_22']:.3f}" if whole(r) else "-",
+        "the\nsame\n+22.5°": turned("std_22", lambda spread: f"{spread:.3f}"),
         "std of\nlogits\ngroup": lambda r: f"{r['rotation']['std_group']:.2g}",
         "resi-\ndual\ngroup": lambda r: f"{r['rotation']['residual_group']:.2g}",
         "train-\ning, s": lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "-",

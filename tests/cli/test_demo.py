@@ -43,7 +43,7 @@ def test_demo_makes_everything_and_a_second_one_reuses_it(
     assert again["models"] == content["models"]
 
     # As an older version left it.
-    del again["models"]["CvT"]["rotation"]["std_22"]
+    del again["models"]["CvT"]["rotation"]["accuracy_22"]
     (out / "results.json").write_text(json.dumps(again))
     assert "all of it" not in invoke("demo", "--out", out, *SMALL).output
     assert json.loads((out / "results.json").read_text())["models"] == content["models"]

@@ -181,6 +181,22 @@ def test_what_looks_at_the_noise_alone_moves_where_some_turns_interpolate() -> N
     assert robust["std_45"] > 5 * robust["std_22"]
 
 
+def test_the_accuracy_of_turned_images_is_theirs() -> None:
+    class Sharp(Toy):
+        """Takes pixels with all of their noise for class 0, smoothed ones for class 1."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            noise = x[..., 8:25, 8:25].flatten(1).std(1)
+            return torch.stack([8 * noise, torch.full_like(noise, 2.0)], 1)
+
+    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE), np.uint8)
+    for label, right in ((0, 0.0), (1, 1.0)):
+        data = LensingImages(images, np.full(4, label, np.uint8), ("no_sub", "sub"))
+        found = evaluate(Sharp(torch.zeros(1, SIZE, SIZE)), data, device="cpu")
+        assert found["accuracy"] == 1 - right
+        assert found["rotation"]["accuracy_22"] == right
+
+
 def test_mirrors_count_for_d_groups_only() -> None:
     # A pinwheel: the same after a quarter turn, another in the mirror.
     blade = torch.zeros(SIZE, SIZE)
