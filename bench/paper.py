@@ -59,6 +59,7 @@ LESSONS: dict[str, dict[str, Any]] = {"control": {"subhalos.mass_fraction": (0.2
 # the noise, which quarter turns and mirrors keep as it is in images that are judged.
 OURS: dict[str, dict[str, Any]] = {"control": {"augment": "dihedral"}}
 SHIPPED = {"eqcvt": "eqcvt", "exact": "eqcvt-exact", "cvt": "cvt"}  # and the first part of its name
+ON_CARDS = ("std_", "accuracy_", "residual_")  # so begin the numbers of turned images there
 ORIGIN = ("command", "commit", "device", "threads", "versions")
 SELECTION = ("sets", "models", "recipes", "seeds")
 RUN = ("set", "model", "recipe", "seed")
@@ -412,7 +413,7 @@ def _card(paper: Paper, content: Mapping[str, Any], row: Mapping[str, Any]) -> d
             "images": test["n"],
             "image_seed": TEST_SEED,
             **{k: test[k] for k in ("accuracy", "auc", "ece", "loss")},
-            **{k: v for k, v in test["rotation"].items() if k.startswith(("std_", "residual_"))},
+            **{k: v for k, v in test["rotation"].items() if k.startswith(ON_CARDS)},
         },
         **{k: content[k] for k in ORIGIN},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
