@@ -30,7 +30,7 @@ MODELS = {
 }
 RESULTS = "results.json"
 # Seeds of the images; the packaged models were trained and selected on others.
-TRAIN_SEED, TEST_SEED, FRESH_SEED = 1, 2, 3
+TRAIN_SEED, TEST_SEED, FRESH_SEED = 1, 2, 4
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 import eqcvt
 from bench import paper
 from bench.paper import Paper
+from eqcvt import demo
 from eqcvt.data import load
 
 
@@ -66,6 +67,11 @@ def test_the_table_is_made_kept_and_shipped(
     run = small(tmp_path / "out").folder("control", "eqcvt", "ours", best["seed"])
     seen = "trained_on.safetensors"
     assert (folders[0] / seen).read_bytes() == (run / seen).read_bytes()
+
+
+def test_the_demonstration_asks_of_images_that_no_shipped_model_has_seen() -> None:
+    # A lesson's images without subhalos are those of the set itself with its seed.
+    assert demo.FRESH_SEED not in (paper.TRAIN_SEED, paper.TEST_SEED, paper.LESSON_SEED)
 
 
 @pytest.mark.usefixtures("undrawn")
