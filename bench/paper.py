@@ -52,8 +52,9 @@ MODELS = {
     "cvt": ("CvT", *demo.MODELS["CvT"]),
 }
 TRAIN_SEED, TEST_SEED, LESSON_SEED = 1, 2, 3
-# Sets that are not learned from nothing. Our recipe begins with a lesson: an eighth of the epochs
-# on the same sky with heavier subhalos (a curriculum, Bengio et al., ICML 2009).
+# Sets that our recipe begins with a lesson: an eighth of the epochs on the same sky with heavier
+# subhalos (a curriculum, Bengio et al., ICML 2009). Without it EqCvT, at 65x65, had learned nothing
+# of control after 11 epochs.
 LESSONS: dict[str, dict[str, Any]] = {"control": {"subhalos.mass_fraction": (0.25, 0.35)}}
 # What our recipe changes for a set: the marks that subhalos leave on control's arcs are as faint as
 # the noise, which quarter turns and mirrors keep as it is in images that are judged.

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,13 @@ def test_the_table_of_the_demo_is_the_recorded_one() -> None:
         ]
 
 
+def _epochs(card: dict[str, Any]) -> str:
+    """Return a model's epochs, behind those of the one it started from."""
+    init, own = card["config"]["init"] or {}, card["trained"]["epochs"]
+    before = init.get("trained", init).get("epochs")
+    return f"{before} + {own}" if before else f"{own}"
+
+
 def test_what_the_shipped_models_reach_is_on_their_cards() -> None:
     found = json.loads(SHIPPED.read_text())
     shipped = {
@@ -141,14 +149,16 @@ def test_what_the_shipped_models_reach_is_on_their_cards() -> None:
     }
     for name in list_pretrained():
         card = json.loads((pretrained_folder(name) / "card.json").read_text())
+        test = {**shipped.get(name, {}), **card["test"]}
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
         assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
-            str(card["trained"]["epochs"]),
-            f"{100 * card['test']['accuracy']:.1f} %",
-            f"{card['test']['auc'][-1]:.3f}",
-            f"{card['test']['std_45']:.2f}",
-            f"{shipped[name]['std_22']:.2f}",
-            f"{card['test']['residual_group']:.1e}",
+            _epochs(card),
+            f"{100 * test['accuracy']:.1f} %",
+            f"{100 * test['accuracy_22']:.1f} %",
+            f"{test['auc'][-1]:.3f}",
+            f"{test['std_45']:.2f}",
+            f"{test['std_22']:.2f}",
+            f"{test['residual_group']:.1e}",
         ]
     turned = {
         card: found["models"][name]["rotation"]["std_group"]
