@@ -342,7 +342,7 @@ COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], float], str], ...] = (
     ("val acc.\nlast, %", lambda r: 100 * r["val_last"], ".1f"),
     ("test acc.\nbest, %", lambda r: 100 * r["test"]["best"]["accuracy"], ".1f"),
     ("test acc.\nlast, %", lambda r: 100 * r["test"]["last"]["accuracy"], ".1f"),
-    ("turned\n+ 22.5°, %", lambda r: 100 * _turned(r, "accuracy_22"), ".1f"),
+    ("acc. turned\n+ 22.5°, %", lambda r: 100 * _turned(r, "accuracy_22"), ".1f"),
     ("AUC", lambda r: r["test"]["best"]["auc"][-1], ".4f"),
     ("calibr.\nerror, %", lambda r: 100 * r["test"]["best"]["ece"], ".1f"),
     ("std of logits\n8 x 45°", lambda r: r["test"]["best"]["rotation"]["std_45"], ".3f"),

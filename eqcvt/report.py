@@ -193,7 +193,7 @@ def summary(
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "para-\nmeters": lambda r: f"{r['parameters']:,}",
         "accu-\nracy": lambda r: f"{100 * r['accuracy']:.1f} %",
-        "turned\n+22.5°": turned("accuracy_22", lambda share: f"{100 * share:.1f} %"),
+        "accu-\nracy\n+22.5°": turned("accuracy_22", lambda share: f"{100 * share:.1f} %"),
         "AUC": lambda r: "-" if None in r["auc"] else f"{float(np.mean(r['auc'])):.3f}",
         "cal.\nerror": lambda r: f"{100 * r['ece']:.1f} %",
         "std of\nlogits\n8x45°": lambda r: f"{r['rotation']['std_45']:.3f}",
