@@ -205,9 +205,7 @@ def summary(
     left_out = set() if full else {"cal.\nerror", "std of\nlogits\ngroup"}
     left_out |= set() if timed else {"train-\ning, s"}
     shown = {head: cell for head, cell in columns.items() if head not in left_out}
-    table = Table(
-        title=escape(title) or None, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=escape(title) or None, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("model", overflow="fold", min_width=12)
     for head in shown:
         table.add_column(head, justify="right", no_wrap=True)
