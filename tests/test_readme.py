@@ -143,28 +143,26 @@ def _epochs(card: dict[str, Any]) -> str:
 
 def test_what_the_shipped_models_reach_is_on_their_cards() -> None:
     found = json.loads(SHIPPED.read_text())
-    shipped = {
+    evaluated = {
         found["checkpoints"][model]: measured["rotation"]
         for model, measured in found["models"].items()
     }
+    spread = {}
     for name in list_pretrained():
         card = json.loads((pretrained_folder(name) / "card.json").read_text())
-        test = {**shipped.get(name, {}), **card["test"]}
+        test = {**evaluated.get(name, {}), **card["test"]}  # older cards have fewer numbers
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
         assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
             _epochs(card),
             f"{100 * test['accuracy']:.1f} %",
-            f"{100 * test['accuracy_22']:.1f} %",
+            f"{100 * test['accuracy_22']:.1f} %" if "accuracy_22" in test else "-",
             f"{test['auc'][-1]:.3f}",
             f"{test['std_45']:.2f}",
             f"{test['std_22']:.2f}",
             f"{test['residual_group']:.1e}",
         ]
-    turned = {
-        card: found["models"][name]["rotation"]["std_group"]
-        for name, card in found["checkpoints"].items()
-    }
-    cvt, eqcvt = (turned[f"{name}-deeplense"] for name in ("cvt", "eqcvt"))
+        spread[name] = test["std_group"]
+    cvt, eqcvt = (spread[f"{name}-deeplense"] for name in ("cvt", "eqcvt"))
     said = f"{cvt:.2f} over quarter turns, {cvt / eqcvt:.1f} times EqCvT's {eqcvt:.2f}"
     assert said in " ".join(README.split())
 
