@@ -134,6 +134,18 @@ def test_the_table_of_the_demo_is_the_recorded_one() -> None:
         ]
 
 
+def test_what_the_shipped_models_reach_in_the_demo_is_recorded() -> None:
+    found = json.loads(DEMO.read_text())["packaged"]
+    for name, said in (
+        ("eqcvt-deeplense", "EqCvT gets {:.1f} % right, and {:.1f} % turned"),
+        ("cvt-deeplense", "CvT {:.1f} and {:.1f} %"),
+        ("eqcvt-exact-deeplense", "not trained so yet, {:.1f} and {:.1f} %"),
+        ("eqcvt-control", "On `control`, {:.1f} and {:.1f} %"),
+    ):
+        right = (found[name]["accuracy"], found[name]["rotation"]["accuracy_22"])
+        assert said.format(*(100 * share for share in right)) in " ".join(README.split())
+
+
 def _epochs(card: dict[str, Any]) -> str:
     """Return a model's epochs, behind those of the one it started from."""
     init, own = card["config"]["init"] or {}, card["trained"]["epochs"]
